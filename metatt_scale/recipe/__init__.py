@@ -1,0 +1,27 @@
+"""What the user asks for: schema, YAML, overrides, errors. Imports no torch."""
+
+from metatt_scale.recipe.load import RecipeError, dump_recipe, load_recipe
+from metatt_scale.recipe.schema import (
+    AdapterRecipe,
+    BackboneRecipe,
+    DataRecipe,
+    DataSource,
+    EvaluationRecipe,
+    LoggingRecipe,
+    Recipe,
+    TrainingRecipe,
+)
+
+__all__ = [
+    "AdapterRecipe",
+    "BackboneRecipe",
+    "DataRecipe",
+    "DataSource",
+    "EvaluationRecipe",
+    "LoggingRecipe",
+    "Recipe",
+    "RecipeError",
+    "TrainingRecipe",
+    "dump_recipe",
+    "load_recipe",
+]

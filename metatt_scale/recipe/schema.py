@@ -1,0 +1,243 @@
+"""What a user may ask for: frozen models with one docstring per key.
+
+Everything here is checked before torch is imported. A key that is not listed is an error, a value of the
+wrong type is an error, and rules that join several keys stand in the validators at the end of each model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class BackboneRecipe(_Section):
+    """The frozen model that is adapted."""
+
+    path: str = Field(min_length=1)
+    """Hub id, local folder, `.gguf` file, `package:NAME` (a GGUF file inside an installed Python package), or
+    `random:ARCHITECTURE` (random weights of a shipped or given config JSON; for tests and measurements)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the unquantised weights and of the computation."""
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """How the weights of the linear layers are stored (bitsandbytes)."""
+    double_quantization: bool = True
+    """Quantise the 4-bit scales once more (saves about 0.4 bits per weight)."""
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
+    """Type under which packed 4-bit weights are stored. Sharding needs a float type equal to `dtype`."""
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """Attention kernel; `auto` takes flash-attn where it is installed and the device has it, else SDPA."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass (non-reentrant): less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that a hub repository ships. Off unless you have read that code."""
+
+
+class AdapterRecipe(_Section):
+    """The tensor train shared by all layers and projections."""
+
+    kind: Literal["metatt_4d", "metatt_5d"] = "metatt_4d"
+    """`metatt_4d`: modes (input, layer, projection, output). `metatt_5d`: the output is split into (head, head width)."""
+    rank: int | tuple[int, ...] = 16
+    """TT-rank of every inner bond, or one rank per inner bond from left to right."""
+    alpha: float = Field(default=2.0, gt=0)
+    """Scale of the adapter: y = x W^T + alpha x G1 G2[l] G3[m] G4 (paper eq. 5)."""
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    """Names of linear modules (matched at the end of the module path), or one regular expression that matches
+    whole module paths."""
+    layers: tuple[int, int] | None = None
+    """Half-open range [first, last) of layers to adapt; all when absent."""
+    mode_order: tuple[str, ...] | None = None
+    """Order of the modes along the chain (paper §2.3); the order named by `kind` when absent."""
+    init: str | None = None
+    """One letter pair per core, joined by `-`: `ze` zeros, `id` identity per slice, `no` normal(0, init_std).
+    Absent: zeros for the first core, `no` for the middle ones, `id` for the last (paper, Llama)."""
+    init_std: float = Field(default=0.2, gt=0)
+    """Standard deviation of the letter pair `no`."""
+    allow_nonzero_start: bool = False
+    """Accept an initialisation whose chain is not zero, so that training does not start at the frozen model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterRecipe:
+        n_modes = {"metatt_4d": 4, "metatt_5d": 5}[self.kind]
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        if not ranks or min(ranks) < 1:
+            raise ValueError("`rank` must be at least 1; give one positive number or one per inner bond")
+        if isinstance(self.rank, tuple) and len(ranks) != n_modes - 1:
+            raise ValueError(
+                f"`rank` has {len(ranks)} entries but {self.kind} has {n_modes - 1} inner bonds; "
+                f"give {n_modes - 1} ranks, or one number for all bonds"
+            )
+        if self.init is not None:
+            pairs = self.init.split("-")
+            if len(pairs) != n_modes or not set(pairs) <= {"ze", "id", "no"}:
+                raise ValueError(
+                    f"`init` is {self.init!r}; {self.kind} needs {n_modes} letter pairs out of ze, id, no "
+                    "joined by '-', for example " + "-".join(["ze"] + ["no"] * (n_modes - 2) + ["id"])
+                )
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError("`layers` must be [first, last) with 0 <= first < last")
+        if not self.target_modules:
+            raise ValueError(
+                "`target_modules` is empty; name at least one linear module, for example [q_proj, v_proj]"
+            )
+        return self
+
+
+class DataSource(_Section):
+    """One place records are read from."""
+
+    path: str = Field(min_length=1)
+    """`.json`, `.jsonl`, either with `.gz`, a folder of such files, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set (ignored for files)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Passes over this source per epoch: 1 takes each record once, 0.5 a fresh half each epoch, 2 each twice."""
+    limit: int | None = Field(default=None, gt=0)
+    """Use only the first so many records."""
+
+
+class DataRecipe(_Section):
+    """Records, how they become text, and how the text is cut."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    """Sources of training records."""
+    validation: tuple[DataSource, ...] = ()
+    """Sources of validation records, for the evaluation loss."""
+    validation_size: int = Field(default=0, ge=0)
+    """Records split off the training sources for validation (a pure function of the seed)."""
+    format: Literal["instruction", "chat", "text"] = "instruction"
+    """`instruction`: {instruction, input, output}. `chat`: {messages} through the tokenizer's template.
+    `text`: {text}."""
+    template: Literal["llm_adapters", "plain"] = "llm_adapters"
+    """Prompt of instruction records: that of LLM-Adapters (Hu et al. 2023), or instruction and input as they are."""
+    cutoff_length: int = Field(default=256, ge=8)
+    """Longest sequence in tokens; what is beyond is cut off."""
+    train_on_inputs: bool = False
+    """Take the loss on prompts as well, not on answers only."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be read stops the run with file and line, or is skipped and counted."""
+    cache_dir: str | None = None
+    """Folder of tokenised data; the user's cache folder when absent."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataRecipe:
+        if self.validation and self.validation_size:
+            raise ValueError(
+                "`validation` and `validation_size` exclude each other; name validation files or split some off"
+            )
+        return self
+
+
+class TrainingRecipe(_Section):
+    """The optimisation."""
+
+    epochs: int = Field(default=2, ge=1)
+    """Passes over the mixture."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps (the schedule ends there too); `epochs` decides when absent."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples of one optimizer step over all ranks and micro-batches."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Examples that one rank sends through the model at once."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up; linear and cosine end at zero."""
+    warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
+    """Part of all steps in which the learning rate rises from zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Clip the gradient of all cores to this 2-norm; 0 never clips."""
+    eval_every: int | Literal["epoch", "never"] = "epoch"
+    """Steps between evaluation losses."""
+    save_every: int | Literal["epoch", "never"] = "epoch"
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Newest checkpoints kept on disk; never fewer than two."""
+    keep: Literal["last", "best"] = "last"
+    """Which adapter the run ends with: the last, or that of the lowest evaluation loss."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a lower loss."""
+    max_nonfinite_steps: int = Field(default=5, ge=1)
+    """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest valid checkpoint in `output_dir`; `never` refuses a folder that has one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingRecipe:
+        for name in ("eval_every", "save_every"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"`{name}` is {value}; give a positive number of steps, `epoch` or `never`")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` is {self.betas}; both must be in [0, 1)")
+        if self.eval_every == "never" and (self.keep == "best" or self.early_stopping_patience):
+            raise ValueError(
+                "`keep: best` and `early_stopping_patience` need evaluation losses but `eval_every` is `never`; "
+                "set `eval_every: epoch`"
+            )
+        return self
+
+
+class EvaluationRecipe(_Section):
+    """Scores after training."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-evaluation-harness task names; with `data` they are read from local files (recipes/tasks)."""
+    data: str | None = None
+    """Folder of local task files (`TASK.jsonl` or `TASK.jsonl.gz`); the harness fetches from the hub when absent."""
+    limit: int | None = Field(default=None, ge=1)
+    """Questions per task; all when absent."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward."""
+
+
+class LoggingRecipe(_Section):
+    """Where numbers go, besides metrics.jsonl."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers (through accelerate; each needs its package)."""
+    project: str = "metatt_scale"
+    """Project name given to the trackers."""
+
+
+class Recipe(_Section):
+    """One fine-tuning run, from the model to the scores."""
+
+    output_dir: str = Field(min_length=1)
+    """Run directory: recipe.yaml, metrics.jsonl, checkpoints/, adapter/, results.json."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of the initialisation, of the data order and of dropout."""
+    backbone: BackboneRecipe
+    adapter: AdapterRecipe = AdapterRecipe()
+    data: DataRecipe
+    training: TrainingRecipe = TrainingRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    logging: LoggingRecipe = LoggingRecipe()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        training, data = self.training, self.data
+        wants_loss = training.keep == "best" or training.early_stopping_patience is not None
+        if wants_loss and not (data.validation or data.validation_size):
+            raise ValueError(
+                "`training.keep: best` and `training.early_stopping_patience` need validation records; "
+                "set `data.validation_size` or `data.validation`"
+            )
+        return self
