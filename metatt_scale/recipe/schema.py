@@ -45,7 +45,8 @@ class AdapterRecipe(_Section):
     """The tensor train shared by all layers and projections."""
 
     kind: Literal["metatt_4d", "metatt_5d"] = "metatt_4d"
-    """`metatt_4d`: modes (input, layer, projection, output). `metatt_5d`: the output is split into (head, head width)."""
+    """`metatt_4d`: modes (input, layer, projection, output). `metatt_5d`: the output is split into (head, head
+    width)."""
     rank: int | tuple[int, ...] = 16
     """TT-rank of every inner bond, or one rank per inner bond from left to right."""
     alpha: float = Field(default=2.0, gt=0)
@@ -174,8 +175,9 @@ class TrainingRecipe(_Section):
     """Stop after so many evaluations without a lower loss."""
     max_nonfinite_steps: int = Field(default=5, ge=1)
     """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
-    resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest valid checkpoint in `output_dir`; `never` refuses a folder that has one."""
+    resume: Literal["auto", "exact", "never"] = "auto"
+    """`auto` goes on from the newest valid checkpoint in `output_dir`; `exact` also refuses another number of ranks or
+    threads than the checkpoint's (the bits would differ); `never` refuses a folder that has checkpoints."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingRecipe:

@@ -10,6 +10,7 @@ are d - 1 inner bonds; their sizes are the TT-ranks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ def check_chain(cores: Chain) -> None:
     for k, core_PNQ in enumerate(cores):
         if core_PNQ.ndim != 3:
             raise ValueError(f"core {k} has shape {tuple(core_PNQ.shape)}; a core is (left bond, mode, right bond)")
-    for k, (left, right) in enumerate(zip(cores[:-1], cores[1:], strict=True)):
+    for k, (left, right) in enumerate(itertools.pairwise(cores)):
         if left.shape[2] != right.shape[0]:
             raise ValueError(
                 f"bond {k} does not fit: core {k} has shape {tuple(left.shape)}, core {k + 1} {tuple(right.shape)}; "
@@ -70,11 +71,11 @@ def inner(a: Chain, b: Chain) -> Tensor:
         ValueError: the chains have different mode sizes.
     """
     if mode_sizes(a) != mode_sizes(b):
-        raise ValueError(f"inner product of chains with modes {mode_sizes(a)} and {mode_sizes(b)}; they must be equal")
+        raise ValueError(f"inner product of modes {mode_sizes(a)} and {mode_sizes(b)}; they must be equal")
     left_PP = torch.ones(1, 1, dtype=a[0].dtype, device=a[0].device)  # environment: (bond of a, bond of b)
     for a_PNQ, b_PNQ in zip(a, b, strict=True):
         half = torch.tensordot(left_PP, b_PNQ, 1)  # (P_a, N, Q_b)
-        left_PP = torch.tensordot(a_PNQ, half, ([0, 1], [0, 1]))  # (Q_a, Q_b)
+        left_PP = a_PNQ.flatten(0, 1).mT @ half.flatten(0, 1)  # (Q_a, Q_b)
     return left_PP.squeeze()
 
 

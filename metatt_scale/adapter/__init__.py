@@ -1,0 +1,32 @@
+"""The chain beside a frozen model: modes, targets, the owner of the cores, injection, merging, the LoRA form."""
+
+from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
+from metatt_scale.adapter.inject import attach, chain_spec, freeze, head_dim_of, inject
+from metatt_scale.adapter.lora_form import lora_pairs, peft_config, peft_state
+from metatt_scale.adapter.merge import merge, plain_linear, unmerge
+from metatt_scale.adapter.modes import ChainSpec
+from metatt_scale.adapter.saved import load_adapter, read_description, save_adapter
+from metatt_scale.adapter.targets import Target, TargetMap, find_targets
+
+__all__ = [
+    "AdaptedLinear",
+    "ChainAdapter",
+    "ChainSpec",
+    "Target",
+    "TargetMap",
+    "attach",
+    "chain_spec",
+    "find_targets",
+    "freeze",
+    "head_dim_of",
+    "inject",
+    "load_adapter",
+    "lora_pairs",
+    "merge",
+    "peft_config",
+    "peft_state",
+    "plain_linear",
+    "read_description",
+    "save_adapter",
+    "unmerge",
+]

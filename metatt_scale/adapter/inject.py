@@ -1,0 +1,96 @@
+"""From a frozen model and a recipe to a model with one chain behind its linears."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
+from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order, initial_cores
+from metatt_scale.adapter.targets import TargetMap, find_targets
+from metatt_scale.recipe import AdapterRecipe
+from metatt_scale.tensor import norm
+
+
+def chain_spec(recipe: AdapterRecipe, target_map: TargetMap, head_dim: int | None) -> ChainSpec:
+    """Return modes, sizes and ranks for these targets.
+
+    The input mode is as wide as the widest input, the output mode as the widest output (5D: the head width, and
+    a head mode of ceil(widest output / head width)); narrower modules use the leading rows and columns.
+    """
+    widest_in = max(target.d_in for target in target_map.targets)
+    widest_out = max(target.d_out for target in target_map.targets)
+    size = {
+        "input": widest_in,
+        "layer": len(target_map.layers),
+        "projection": len(target_map.projections),
+        "output": widest_out,
+    }
+    if "head" in KINDS[recipe.kind]:
+        if head_dim is None:
+            raise ValueError(f"adapter.kind {recipe.kind} needs a model with attention heads; use metatt_4d")
+        size["head"], size["output"] = math.ceil(widest_out / head_dim), head_dim
+    modes = check_order(recipe.mode_order or KINDS[recipe.kind], recipe.kind)
+    ranks = recipe.rank if isinstance(recipe.rank, tuple) else (recipe.rank,) * (len(modes) - 1)
+    return ChainSpec(modes=modes, sizes=tuple(size[mode] for mode in modes), ranks=ranks)
+
+
+def head_dim_of(model: PreTrainedModel) -> int | None:
+    """Return the width of one attention head as the model's configuration has it."""
+    config = model.config.get_text_config()
+    explicit = getattr(config, "head_dim", None)
+    if explicit:
+        return explicit
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return hidden // heads if hidden and heads else None
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """No parameter of the backbone asks for a gradient."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def inject(model: PreTrainedModel, recipe: AdapterRecipe, seed: int) -> ChainAdapter:
+    """Freeze the model, put a new chain behind its target modules, and return the owner of the cores.
+
+    Raises:
+        ValueError: no target, a target that is not linear, or a chain that is not zero at the start.
+    """
+    target_map = find_targets(model, recipe.target_modules, recipe.layers)
+    spec = chain_spec(recipe, target_map, head_dim_of(model))
+    cores = initial_cores(spec, recipe.init, recipe.init_std, seed)
+    if not recipe.allow_nonzero_start and float(norm(cores)) != 0:
+        raise ValueError(
+            f"adapter.init {recipe.init!r} starts with a chain that is not zero, so that step 0 is not the frozen "
+            "model; give one core `ze`, or set adapter.allow_nonzero_start: true"
+        )
+    adapter = ChainAdapter(spec, cores, recipe.alpha, target_map, compute_dtype(model))
+    attach(model, adapter)
+    return adapter
+
+
+def attach(model: PreTrainedModel, adapter: ChainAdapter) -> None:
+    """Put the adapter's linears in the place of the model's, and fold the chain before every forward."""
+    freeze(model)
+    linears = []
+    for index, target in enumerate(adapter.targets):
+        parent_path, _, name = target.path.rpartition(".")
+        parent, base = model.get_submodule(parent_path), model.get_submodule(target.path)
+        if isinstance(base, AdaptedLinear):
+            raise ValueError(f"{target.path} is adapted already; load the backbone anew for a second adapter")
+        adapted = AdaptedLinear(base, adapter, index)
+        adapted.train(base.training)
+        setattr(parent, name, adapted)
+        linears.append(adapted)
+    adapter.linears = tuple(linears)
+    adapter.to(next(model.parameters()).device)
+    model.register_forward_pre_hook(lambda *_: adapter.fold())
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the floating type the model computes in: that of its input embeddings (packed weights do not tell)."""
+    return next(model.get_input_embeddings().parameters()).dtype

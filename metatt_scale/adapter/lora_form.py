@@ -1,0 +1,63 @@
+"""The chain as exact LoRA factors, one pair per module.
+
+    lora_A = (A C)^T  (r x d_in)        lora_B = B^T  (d_out x r)        scaling alpha
+
+With A = G1, C = G2[l] G3[m], B = G4 each slice of the chain has rank at most r, the bond left of B: the LoRA
+form is the same matrix, not an approximation, and everything that serves LoRA serves the adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from metatt_scale.adapter.chain import ChainAdapter
+
+
+class LoraPair(NamedTuple):
+    """LoRA factors of one module; the delta of the weight is scaling * lora_B @ lora_A."""
+
+    path: str
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+@torch.no_grad()
+def lora_pairs(adapter: ChainAdapter) -> list[LoraPair]:
+    """Return the exact LoRA factors of every adapted module, in the cores' dtype, alpha left out."""
+    pairs = []
+    for index, target in enumerate(adapter.targets):
+        a_IP, c_PQ, b_QO = adapter.factors_of(index)
+        lora_A = ((a_IP @ c_PQ) / adapter.alpha).mT.contiguous()
+        pairs.append(LoraPair(target.path, lora_A, b_QO.mT.contiguous()))
+    return pairs
+
+
+def peft_config(adapter: ChainAdapter, base_model: str) -> dict[str, Any]:
+    """Return PEFT's adapter_config.json for these factors (lora_alpha = alpha r, since PEFT divides by r)."""
+    rank = adapter.spec.lora_rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": adapter.alpha * rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(target.path for target in adapter.targets),
+        "fan_in_fan_out": any(isinstance(linear.base_layer, Conv1D) for linear in adapter.linears),
+        "use_rslora": False,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def peft_state(adapter: ChainAdapter) -> dict[str, Tensor]:
+    """Return the tensors of PEFT's adapter_model.safetensors."""
+    state = {}
+    for path, lora_A, lora_B in lora_pairs(adapter):
+        state[f"base_model.model.{path}.lora_A.weight"] = lora_A
+        state[f"base_model.model.{path}.lora_B.weight"] = lora_B
+    return state
