@@ -7,6 +7,7 @@ without any weights, for counting.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -325,7 +326,7 @@ def quantise(model: PreTrainedModel, recipe: BackboneRecipe, device: torch.devic
 
 def quantised_linear(linear: nn.Linear, recipe: BackboneRecipe, device: torch.device) -> nn.Linear:
     """Return the NF4, FP4 or int8 form of one linear, on the device."""
-    import bitsandbytes as bnb
+    bnb: Any = importlib.import_module("bitsandbytes")
 
     shape, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
     weight = linear.weight.detach()

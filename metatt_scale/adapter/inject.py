@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter

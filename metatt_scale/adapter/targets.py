@@ -118,8 +118,8 @@ def _match_name(name: str, model: nn.Module, linears: dict[str, nn.Module]) -> l
     for path in inside or [matching[0][0]]:
         if path not in linears:
             raise ValueError(
-                f"adapter.target_modules: {name!r} matches {path}, a {type(model.get_submodule(path)).__name__}, which "
-                f"is not a linear module and cannot be adapted; {_menu(linears)}"
+                f"adapter.target_modules: {name!r} matches {path}, a {type(model.get_submodule(path)).__name__}, "
+                f"which is not a linear module and cannot be adapted; {_menu(linears)}"
             )
     if not inside:
         raise ValueError(

@@ -1,6 +1,6 @@
 """What the user asks for: schema, YAML, overrides, errors. Imports no torch."""
 
-from metatt_scale.recipe.load import RecipeError, dump_recipe, load_recipe
+from metatt_scale.recipe.load import RecipeError, dump_recipe, load_recipe, validate
 from metatt_scale.recipe.schema import (
     AdapterRecipe,
     BackboneRecipe,
@@ -24,4 +24,5 @@ __all__ = [
     "TrainingRecipe",
     "dump_recipe",
     "load_recipe",
+    "validate",
 ]

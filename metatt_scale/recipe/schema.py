@@ -176,8 +176,8 @@ class TrainingRecipe(_Section):
     max_nonfinite_steps: int = Field(default=5, ge=1)
     """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
     resume: Literal["auto", "exact", "never"] = "auto"
-    """`auto` goes on from the newest valid checkpoint in `output_dir`; `exact` also refuses another number of ranks or
-    threads than the checkpoint's (the bits would differ); `never` refuses a folder that has checkpoints."""
+    """`auto` goes on from the newest valid checkpoint in `output_dir`; `exact` also refuses another number of ranks
+    or threads than the checkpoint's (the bits would differ); `never` refuses a folder that has checkpoints."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingRecipe:

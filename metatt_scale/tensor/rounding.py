@@ -51,9 +51,7 @@ def kept_rank(singular_values: Tensor, max_rank: int | None, max_discarded_weigh
     return max(1, min(within, cap))
 
 
-def round_chain(
-    cores: Chain, *, max_ranks: int | Sequence[int] | None = None, max_rel_error: float = 0.0
-) -> Rounded:
+def round_chain(cores: Chain, *, max_ranks: int | Sequence[int] | None = None, max_rel_error: float = 0.0) -> Rounded:
     """Round a chain to smaller ranks (TT-rounding, Oseledets 2011, algorithm 2).
 
     The chain is made right-canonical, then truncated left to right, always at the orthogonality centre: there
@@ -84,9 +82,7 @@ def round_chain(
         q_PNxK, r_KQ = torch.linalg.qr(moving[k].flatten(0, 1))
         u, s, vh = torch.linalg.svd(r_KQ, full_matrices=False)
         kept = kept_rank(s, cap, budget)
-        bonds.append(
-            Truncation(singular_values=s, kept_rank=kept, discarded_weight=float(s[kept:].square().sum()))
-        )
+        bonds.append(Truncation(singular_values=s, kept_rank=kept, discarded_weight=float(s[kept:].square().sum())))
         moving[k] = (q_PNxK @ u[:, :kept]).view(p, n, kept)
         moving[k + 1] = torch.tensordot(s[:kept, None] * vh[:kept], moving[k + 1], 1)  # (K, Q) x (Q, N', Q')
     return Rounded(cores=[core.to(dtype) for core in moving], bonds=tuple(bonds))

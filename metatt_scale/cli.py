@@ -1,0 +1,176 @@
+"""The command line: train, evaluate, export, plan, generate.
+
+Anything the user can mend is one message on stderr and exit code 2; a run stopped by a signal exits with 128 plus
+the signal's number. METATT_DEBUG=1 shows the traceback behind a message. Libraries are imported by the command
+that needs them, after its arguments and recipe are checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from metatt_scale import __version__
+from metatt_scale.recipe import EvaluationRecipe, load_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("METATT_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="metatt-scale", description="Fine-tuning with one global tensor train")
+    parser.add_argument("--version", action="version", version=f"metatt-scale {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe, or go on where it stopped")
+    _add_recipe(train)
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # put there by the deepspeed launcher
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a run with lm-evaluation-harness")
+    _add_run(evaluate)
+    evaluate.add_argument("--tasks", help="comma-separated task names; those of the recipe when absent")
+    evaluate.add_argument("--data", help="folder of local task files; the hub when absent here and in the recipe")
+    evaluate.add_argument("--limit", type=int, help="questions per task")
+    evaluate.add_argument("--batch-size", type=int, help="sequences per forward")
+    evaluate.add_argument("--zero-shot", action="store_true", help="score the frozen backbone too, for comparison")
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="write a LoRA, merged or metatt folder")
+    _add_run(export)
+    export.add_argument("--to", required=True, choices=("lora", "merged", "metatt"))
+    export.add_argument("--out", help="target folder; RUN/exports/FORMAT when absent")
+    export.add_argument(
+        "--merge-base",
+        choices=("original", "dequantised"),
+        default="original",
+        help="weights that `merged` starts from when the backbone was quantised",
+    )
+    export.add_argument("--replace", action="store_true", help="overwrite an existing export")
+    export.set_defaults(run=_export)
+
+    plan = commands.add_parser("plan", help="count what a recipe trains, without weights or GPU")
+    _add_recipe(plan)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
+
+    generate = commands.add_parser("generate", help="let a run continue a prompt")
+    _add_run(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    generate.add_argument("--zero-shot", action="store_true", help="use the frozen backbone alone")
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. training.max_steps=100")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_or_adapter", metavar="RUN", help="run directory or adapter folder")
+    parser.add_argument("--backbone", help="where the backbone is, if not where the run found it")
+
+
+def _train(options: Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from metatt_scale.training import TrainingStopped, train
+
+    console = Console()
+    try:
+        run = train(recipe, console)
+    except TrainingStopped as stop:
+        print(str(stop), file=sys.stderr)
+        return stop.exit_code
+    console.print(f"next: metatt-scale evaluate {run.folder}   or   metatt-scale export {run.folder} --to lora")
+    return 0
+
+
+def _evaluate(options: Namespace) -> int:
+    from metatt_scale.evaluation import score_table
+    from metatt_scale.reopen import adapter_folder, read_recipe
+    from metatt_scale.scoring import score_run
+
+    settings = _evaluation_settings(options, read_recipe(adapter_folder(options.run_or_adapter))[1].evaluation)
+    console = Console()
+    scores = score_run(
+        options.run_or_adapter, settings, console, backbone=options.backbone, zero_shot=options.zero_shot
+    )
+    console.print(score_table(scores))
+    return 0
+
+
+def _evaluation_settings(options: Namespace, recipe: EvaluationRecipe) -> EvaluationRecipe:
+    given = {"data": options.data, "limit": options.limit, "batch_size": options.batch_size}
+    if options.tasks is not None:
+        given["tasks"] = tuple(task.strip() for task in options.tasks.split(",") if task.strip())
+    merged = {**recipe.model_dump(), **{key: value for key, value in given.items() if value is not None}}
+    if not merged["tasks"]:
+        raise ValueError("no tasks: name some with --tasks, for example --tasks boolq,piqa")
+    for key in ("limit", "batch_size"):
+        if merged[key] is not None and merged[key] < 1:
+            raise ValueError(f"--{key.replace('_', '-')} is {merged[key]}; it must be at least 1")
+    return EvaluationRecipe(**merged)
+
+
+def _export(options: Namespace) -> int:
+    from metatt_scale.export import export
+
+    export(
+        options.run_or_adapter,
+        options.to,
+        Console(),
+        out=options.out,
+        merge_base=options.merge_base,
+        backbone=options.backbone,
+        replace=options.replace,
+    )
+    return 0
+
+
+def _plan(options: Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from metatt_scale.plan import plan
+
+    counts = plan(recipe)
+    if options.json:
+        print(json.dumps(counts, indent=2))
+    else:
+        for key, value in counts.items():
+            shown = f"{value:,}" if isinstance(value, int) else value
+            print(f"{key:24} {shown}")
+    return 0
+
+
+def _generate(options: Namespace) -> int:
+    from metatt_scale.evaluation.generate import generate
+    from metatt_scale.reopen import reopen
+
+    opened = reopen(options.run_or_adapter, Console(stderr=True), backbone=options.backbone)
+    opened.adapter.enabled = not options.zero_shot
+    print(generate(opened.model, opened.tokenizer, options.prompt, options.max_new_tokens, options.temperature))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The order of the examples, and the share of each rank.
+
+The global order is a pure function of (seed, step): a resumed run needs the step alone, and every rank of any
+world size knows each global batch without asking the others.
+
+Shape letters: B examples of a micro-batch, S tokens of its longest example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metatt_scale.data.tokens import TokenTable
+
+Indices = NDArray[np.int64]
+
+IGNORE = -100
+"""Label of a position that is not predicted (the convention of torch's cross entropy)."""
+
+# First word of each random key. Never 0, and never at the end: SeedSequence pads a short key with zeros, so [7] and
+# [7, 0] would be the same stream.
+_SHUFFLE, _FRACTION, _SPLIT = 1, 2, 3
+_FILLER_TOKENS = 8
+
+
+class Batch(NamedTuple):
+    """Right-padded examples that go through the model at once."""
+
+    input_ids_BS: torch.Tensor
+    """int64 tokens."""
+    attention_mask_BS: torch.Tensor
+    """int64, 1 where there is a token and 0 where there is padding."""
+    labels_BS: torch.Tensor
+    """int64, the token at the same position where it is to be predicted (not shifted), else `IGNORE`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Sources and how often each is passed through in an epoch."""
+
+    members: tuple[Indices, ...]
+    """For each source the indices of its examples in the token table."""
+    weights: tuple[float, ...]
+    """Passes per epoch of each source."""
+
+    def __post_init__(self) -> None:
+        assert len(self.members) == len(self.weights) > 0
+        for members, weight, count in zip(self.members, self.weights, self.counts, strict=True):
+            if count < 1:
+                raise ValueError(
+                    f"a data source with {len(members)} training examples and weight {weight} gives no example to an "
+                    "epoch; raise its `weight`, or leave the source out"
+                )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Examples of each source in an epoch, the same in every epoch."""
+        return tuple(round(weight * len(members)) for members, weight in zip(self.members, self.weights, strict=True))
+
+    def __len__(self) -> int:
+        """Examples in an epoch."""
+        return sum(self.counts)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Global batches in an epoch; the last one may be smaller."""
+        return math.ceil(len(self) / batch_size)
+
+    def epoch_order(self, seed: int, epoch: int) -> Indices:
+        """Return the (len(self),) example indices of an epoch, a pure function of (seed, epoch).
+
+        Each source is passed through floor(weight) times, and a part drawn afresh fills it up to its count.
+        """
+        drawn = []
+        for source, (members, count) in enumerate(zip(self.members, self.counts, strict=True)):
+            passes, rest = divmod(count, len(members))
+            drawn += [members] * passes
+            drawn.append(members[_permutation(len(members), _FRACTION, seed, epoch, source)[:rest]])
+        indices = np.concatenate(drawn)
+        return indices[_permutation(len(indices), _SHUFFLE, seed, epoch)]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchOrder:
+    """The endless sequence of global batches of a run, indexed by optimizer step."""
+
+    mixture: Mixture
+    seed: int
+    batch_size: int
+    """Examples of one optimizer step over all ranks."""
+    _latest: dict[int, Indices] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.mixture.steps_per_epoch(self.batch_size)
+
+    def global_batch(self, step: int) -> tuple[int, Indices]:
+        """Return the epoch and the example indices of optimizer step `step` (from 0)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = self._latest.get(epoch)
+        if order is None:
+            self._latest.clear()
+            order = self._latest[epoch] = self.mixture.epoch_order(self.seed, epoch)
+        return epoch, order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def target_count(table: TokenTable, indices: Indices) -> int:
+    """Return the number of tokens to be predicted in these examples: the denominator of their mean loss."""
+    return int(table.targets[indices].sum())
+
+
+def split(table_size: int, validation_size: int, seed: int) -> tuple[Indices, Indices]:
+    """Split off `validation_size` examples drawn at random.
+
+    Returns:
+        Ascending training and validation indices, disjoint, together all; a pure function of the arguments.
+
+    Raises:
+        ValueError: no training example would be left.
+    """
+    if not 0 <= validation_size < table_size:
+        raise ValueError(
+            f"`data.validation_size` is {validation_size} of {table_size} examples, which leaves nothing to "
+            f"train on; choose a number below {table_size}"
+        )
+    shuffled = _permutation(table_size, _SPLIT, seed)
+    return np.sort(shuffled[validation_size:]), np.sort(shuffled[:validation_size])
+
+
+def deal(
+    lengths: NDArray[np.int64], indices: Indices, *, micro_batch_size: int, rank: int, world_size: int
+) -> list[Indices]:
+    """Return the examples of each micro-batch of one rank; empty ones where the rank must only keep step.
+
+    Engines run collectives in every forward, so each rank gets the same number of micro-batches,
+    k = ceil(n / (world_size * micro_batch_size)). The examples are ordered by length (stable, the longest first, so
+    that a lack of memory shows at once) and cut into k * world_size nearly equal parts: little padding, and in each
+    round the ranks work on parts of like length.
+    """
+    if not 0 <= rank < world_size or micro_batch_size < 1:
+        raise ValueError(
+            f"rank {rank} of {world_size} with micro-batches of {micro_batch_size}: ranks run from 0 to "
+            "world_size - 1 and micro-batches hold at least one example"
+        )
+    ordered = indices[np.argsort(-lengths[indices], kind="stable")]
+    rounds = math.ceil(len(indices) / (world_size * micro_batch_size))
+    if rounds == 0:
+        return []
+    return np.array_split(ordered, rounds * world_size)[rank::world_size]
+
+
+def micro_batches(
+    table: TokenTable, indices: Indices, *, micro_batch_size: int, rank: int, world_size: int, pad_token_id: int
+) -> list[Batch]:
+    """Return the micro-batches of one rank for a global batch, as many as on every other rank.
+
+    Over all ranks they hold each example of `indices` exactly once. A rank with too few examples gets fillers: one
+    short example without labels, which adds nothing to loss or gradient.
+    """
+    return list(
+        validation_batches(
+            table,
+            indices,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            pad_token_id=pad_token_id,
+        )
+    )
+
+
+def validation_batches(
+    table: TokenTable, indices: Indices, *, micro_batch_size: int, rank: int, world_size: int, pad_token_id: int
+) -> Iterator[Batch]:
+    """Yield one rank's share of a whole set, dealt as in `micro_batches` but made one by one."""
+    parts = deal(table.lengths, indices, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+    for part in parts:
+        yield collate(table, part, pad_token_id) if len(part) else _filler(table, int(indices[0]))
+
+
+def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: int) -> Batch:
+    """Pad examples on the right to the longest of them."""
+    shape = (len(indices), int(table.lengths[indices].max()))
+    input_ids_BS = np.full(shape, pad_token_id, np.int64)
+    attention_mask_BS = np.zeros(shape, np.int64)
+    labels_BS = np.full(shape, IGNORE, np.int64)
+    for row, index in enumerate(indices):
+        tokens, flags = table.example(int(index))
+        input_ids_BS[row, : len(tokens)] = tokens
+        attention_mask_BS[row, : len(tokens)] = 1
+        labels_BS[row, : len(tokens)][flags] = tokens[flags]
+    return Batch(*map(torch.from_numpy, (input_ids_BS, attention_mask_BS, labels_BS)))
+
+
+def _filler(table: TokenTable, index: int) -> Batch:
+    tokens, _ = table.example(index)
+    input_ids_BS = torch.from_numpy(tokens[:_FILLER_TOKENS])[None]
+    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), torch.full_like(input_ids_BS, IGNORE))
+
+
+def _permutation(n: int, *key: int) -> Indices:
+    """Return a permutation of range(n) that depends on the key alone.
+
+    Sorting raw words of the Philox counter generator, whose stream is fixed by its definition; numpy may change how
+    `Generator.permutation` uses them, and a run must resume alike after an upgrade.
+    """
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64)

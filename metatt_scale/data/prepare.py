@@ -1,0 +1,87 @@
+"""All data of a run, from the recipe to tables and orders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from metatt_scale.data.batches import Indices, Mixture, split
+from metatt_scale.data.cache import tokenize_source
+from metatt_scale.data.tokens import Progress, TokenTable, concatenate
+from metatt_scale.recipe import DataRecipe, DataSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ValidationData(NamedTuple):
+    """Examples for the evaluation loss."""
+
+    table: TokenTable
+    indices: Indices
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """What a run trains on and is judged by."""
+
+    table: TokenTable
+    """Examples of all training sources, one source after the other."""
+    train: Mixture
+    """Which of `table` are trained on, and how often."""
+    validation: ValidationData | None
+    """Own sources, or a part of `table` that is not trained on; None where the recipe names neither."""
+    counts: dict[str, Any]
+    """For the log: `train` and `validation`, a list with the counts of each source; `train_examples`,
+    `examples_per_epoch` and `validation_examples`."""
+
+
+def prepare(
+    recipe: DataRecipe, tokenizer: PreTrainedTokenizerFast, seed: int, progress: Progress | None = None
+) -> PreparedData:
+    """Read, tokenise (once, cached) and split what the recipe names.
+
+    Every rank may call this: processes that share a cache folder tokenise once. `progress` is called with (records
+    done, records in all) of the source at work, and not at all for a source that is in the cache.
+
+    Raises:
+        ValueError: a source, a record, the tokenizer or `validation_size` is not usable.
+    """
+    tables, train_counts = _tokenize_all(recipe.train, recipe, tokenizer, progress)
+    table = concatenate(tables)
+    kept, held_out = split(len(table), recipe.validation_size, seed)
+    ends = np.cumsum([len(part) for part in tables])
+    members = np.split(kept, np.searchsorted(kept, ends[:-1]))
+    mixture = Mixture(tuple(members), tuple(source.weight for source in recipe.train))
+    validation, validation_counts = None, []
+    if recipe.validation:
+        tables, validation_counts = _tokenize_all(recipe.validation, recipe, tokenizer, progress)
+        joined = concatenate(tables)
+        validation = ValidationData(joined, np.arange(len(joined), dtype=np.int64))
+    elif recipe.validation_size:
+        validation = ValidationData(table, held_out)
+    counts = {
+        "train": train_counts,
+        "validation": validation_counts,
+        "train_examples": len(kept),
+        "examples_per_epoch": len(mixture),
+        "validation_examples": 0 if validation is None else len(validation.indices),
+    }
+    return PreparedData(table, mixture, validation, counts)
+
+
+def _tokenize_all(
+    sources: Sequence[DataSource],
+    recipe: DataRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress | None,
+) -> tuple[list[TokenTable], list[dict[str, Any]]]:
+    tables, counts = [], []
+    for source in sources:
+        table, count = tokenize_source(source, recipe, tokenizer, progress)
+        tables.append(table)
+        counts.append({"path": source.path, **count})
+    return tables, counts

@@ -1,0 +1,82 @@
+"""Text from a loaded model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> str:
+    """Return what the model writes after `prompt`; greedily at temperature 0, else sampled."""
+    ids = list(tokenizer(prompt)["input_ids"])
+    return continue_tokens(model, tokenizer, [ids], max_new_tokens, temperature)[0]
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Return the text that follows each prompt of one left-padded batch (B = prompts, T = tokens of the longest).
+
+    Raises:
+        ValueError: an empty prompt, no room for a new token, or a negative temperature.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; "
+            "the first must be at least 1, the second at least 0"
+        )
+    if not all(prompts):
+        raise ValueError("a prompt is empty; give at least one token to continue")
+    # Padding by hand leaves the caller's tokenizer as it is, also where it has no padding token.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    longest = max(map(len, prompts))
+    tokens_BT = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    own = model.generation_config
+    eos = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    # What is left out here is taken from the model's own configuration, which may sample or penalise repetition.
+    plain: dict[str, Any] = {"top_p": 1.0, "num_beams": 1, "repetition_penalty": 1.0}
+    config = GenerationConfig(
+        **plain,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0 if temperature else 50,  # 50: the neutral value under which greedy decoding warns of nothing
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        pad_token_id=pad,
+        eos_token_id=eos,
+    )
+    with evaluation_mode(model), torch.no_grad():
+        output = model.generate(input_ids=tokens_BT, attention_mask=mask_BT, generation_config=config)  # type: ignore[operator]
+    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return [str(text) for text in texts]
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and afterwards back to the mode it had."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,163 @@
+"""Generated answers to instruction prompts, as models trained on commonsense_170k are usually reported.
+
+After Hu et al. 2023 (LLM-Adapters, `commonsense_evaluate.py`): the first admissible label in the output is the
+answer, and an output without one counts as wrong. Here the model decodes greedily and writes at most 12 tokens
+("the correct answer is solution1" needs fewer), where LLM-Adapters searches with 4 beams and 32 tokens, and goes
+on from where the answer's first token starts (see `_prompt_tokens`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metatt_scale.data.records import Record
+from metatt_scale.data.templates import llm_adapters_prompt
+from metatt_scale.evaluation.generate import continue_tokens
+from metatt_scale.evaluation.progress import Advance, task_progress
+from metatt_scale.evaluation.scores import Key, TaskScore, finished, package_version, record
+from metatt_scale.evaluation.tasks import data_file, data_key, read_records
+from metatt_scale.recipe import EvaluationRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PREFIX = "llm_adapters/"
+MAX_NEW_TOKENS = 12
+_OPENING = "the correct answer is"
+"""How the outputs of commonsense_170k begin."""
+
+_FAMILIES = (
+    ("true", "false"),
+    ("solution1", "solution2"),
+    ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    ("ending1", "ending2", "ending3", "ending4"),
+    ("option1", "option2"),
+)
+
+
+def evaluate_llm_adapters(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationRecipe,
+    results: Path,
+    label: str,
+    fingerprint: str,
+) -> dict[str, TaskScore]:
+    """Score the tasks `llm_adapters/NAME` of `settings`, from `NAME.jsonl[.gz]` in its data folder.
+
+    Records are {instruction, input, answer}. A score has the metrics `acc` and `unparsable` (outputs without an
+    admissible label, which also count as wrong). Results are kept and reused as by `evaluate`, which passes such
+    tasks on to here; other tasks of `settings` are ignored.
+
+    Raises:
+        ValueError: no data folder, missing or broken data.
+    """
+    results = Path(results)
+    wanted = tuple(task for task in dict.fromkeys(settings.tasks) if task.startswith(PREFIX))
+    keys = task_keys(wanted, settings, fingerprint)
+    scores = finished(results, label, keys)
+    pending = {task: _questions(task, settings) for task in wanted if task not in scores}
+    with task_progress(len(pending)) as start:
+        for task, records in pending.items():
+            begin = time.perf_counter()
+            samples = _answers(model, tokenizer, records, settings.batch_size, start(task, len(records)))
+            seconds = round(time.perf_counter() - begin, 3)
+            scores[task] = TaskScore(metric="acc", samples=samples, key=keys[task], seconds=seconds)
+            record(results, label, task, scores[task])
+    return {task: scores[task] for task in wanted}
+
+
+def task_keys(tasks: Sequence[str], settings: EvaluationRecipe, fingerprint: str) -> dict[str, Key]:
+    """Return what each task's score depends on.
+
+    Raises:
+        ValueError: no data folder, or a task without a file in it.
+    """
+    if tasks and settings.data is None:
+        raise ValueError(
+            f"task {tasks[0]!r} reads its records from a folder, but `evaluation.data` is not set; "
+            f"set it to one that holds {tasks[0].removeprefix(PREFIX)}.jsonl"
+        )
+    return {
+        task: {
+            "fingerprint": fingerprint,
+            "limit": settings.limit,
+            "data": data_key(task.removeprefix(PREFIX), settings.data),
+            "decoding": f"greedy, {MAX_NEW_TOKENS} tokens",
+            "transformers": package_version("transformers"),
+        }
+        for task in tasks
+    }
+
+
+def admissible_labels(answer: str) -> tuple[str, ...]:
+    """Return the labels among which `answer` is chosen.
+
+    Raises:
+        ValueError: `answer` is none of the known labels.
+    """
+    for family in _FAMILIES:
+        if answer in family:
+            return family
+    raise ValueError(f"`answer` is {answer!r}; known labels: {', '.join(sum(_FAMILIES, ()))}")
+
+
+def extract_answer(text: str, labels: Sequence[str]) -> str | None:
+    """Return the first of `labels` that occurs in `text`, also inside a word; None where there is none."""
+    found = re.search("|".join(labels), text)
+    return found.group() if found else None
+
+
+def _questions(task: str, settings: EvaluationRecipe) -> list[Record]:
+    assert settings.data is not None
+    file = data_file(settings.data, task.removeprefix(PREFIX))
+    records = read_records(file)[: settings.limit]
+    for question, place in records:
+        try:
+            if not isinstance(question["instruction"], str):
+                raise ValueError("`instruction` is not text")
+            admissible_labels(question["answer"])
+        except KeyError as error:
+            raise ValueError(f"{place}: no field {error}; needed: instruction, answer") from None
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    return [question for question, _ in records]
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the tokens that stand before the answer's first one in the training texts.
+
+    The prompt ends in blanks, the last of which usually belongs to the answer's first word there: a model asked to
+    go on after the prompt's own tokens would see what it was never trained on.
+    """
+    encoding = tokenizer(prompt + _OPENING, return_offsets_mapping=True)
+    ends = [end for _, end in encoding["offset_mapping"]]
+    return [token for token, end in zip(encoding["input_ids"], ends, strict=True) if end <= len(prompt)]
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[Record],
+    batch_size: int,
+    advance: Advance,
+) -> dict[str, str]:
+    """Return per metric one "0" or "1" a question, in the order of the records."""
+    prompts = [_prompt_tokens(tokenizer, llm_adapters_prompt(r["instruction"], r.get("input"))) for r in records]
+    # Prompts of like length share a batch: less padding. The longest come first, so memory runs out early if ever.
+    order = sorted(range(len(records)), key=lambda i: -len(prompts[i]))
+    found: list[str | None] = [None] * len(records)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        texts = continue_tokens(model, tokenizer, [prompts[i] for i in batch], MAX_NEW_TOKENS)
+        for i, text in zip(batch, texts, strict=True):
+            found[i] = extract_answer(text, admissible_labels(records[i]["answer"]))
+        advance(len(batch))
+    return {
+        "acc": "".join(str(int(a == r["answer"])) for a, r in zip(found, records, strict=True)),
+        "unparsable": "".join(str(int(answer is None)) for answer in found),
+    }

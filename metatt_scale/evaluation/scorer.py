@@ -1,0 +1,91 @@
+"""The harness's model for transformers, computing logits only where choices are scored.
+
+Import this file late: it imports lm_eval.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from metatt_scale.evaluation.progress import Advance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The harness's registration decorator hides the class's type from a type checker.
+_HFLM: Any = HFLM
+
+Request = tuple[Any, list[int], list[int]]
+"""(strings, tokens of the context, tokens of the continuation)"""
+
+
+class Scorer(_HFLM):
+    """HFLM over an already loaded model, with a progress callback.
+
+    The harness asks for the logits of every position and uses those of the continuation, a few at the end of each
+    sequence. Its own slicing counts from the end, so handing it only the last positions of a batch changes no
+    score; it saves most of the output projection (a 135M model on a CPU: 2.8 times
+    faster, answers equal). The softmax is taken in float32: in
+    bfloat16 the log-likelihoods of a choice are rounded so coarsely that choices tie.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        advance: Advance,
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
+        self.advance = advance
+        self.truncated = 0
+        """Sequences that were longer than the model's positions, cut at their beginning."""
+        self._last_positions = 0
+        self._can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Score (context, continuation) pairs without the harness's own bars."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        # Continuations of one token after the same context share a forward in the harness: keep them together.
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_, context, continuation) in enumerate(requests):
+            groups[tuple(context + continuation[:-1])].append(i)
+            self.truncated += len(context) + len(continuation) > self.max_length + 1
+        ordered = sorted(groups.items(), key=lambda item: (-len(item[0]), item[0]))
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        size = int(self.batch_size)
+        for first in range(0, len(ordered), size):
+            batch = ordered[first : first + size]
+            longest = min(len(batch[0][0]), self.max_length)
+            rows = [i for _, members in batch for i in members]
+            # A row's continuation ends `longest - length` positions before the end of the padded batch.
+            self._last_positions = max(
+                longest - min(len(tokens), self.max_length) + len(requests[i][2])
+                for tokens, members in batch
+                for i in members
+            )
+            part = super()._loglikelihood_tokens([requests[i] for i in rows], disable_tqdm=True)
+            for i, answer in zip(rows, part, strict=True):
+                answers[i] = answer
+            self.advance(len(rows))
+        return answers
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        if not self._can_select:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=self._last_positions, use_cache=False).logits

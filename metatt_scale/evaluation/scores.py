@@ -1,0 +1,177 @@
+"""What a task scored, question by question, and the results file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import metatt_scale
+from metatt_scale.files import write_json
+
+Key = dict[str, str | int | None]
+"""Everything that decides a score; a score is reused only where the whole key is the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """The outcome of one task; means and standard errors follow from the answers."""
+
+    metric: str
+    """The metric that this task is usually reported by: "acc" or "acc_norm"."""
+    samples: dict[str, str]
+    """Per metric one character a question, in the order of the data: "1" if it holds, else "0"."""
+    key: Key
+    """What the score depends on."""
+    seconds: float
+    """Wall time of the scoring."""
+
+    @property
+    def n(self) -> int:
+        """Number of questions."""
+        return len(self.samples[self.metric])
+
+    def mean(self, metric: str) -> float:
+        """Return the share of questions, in [0, 1], for which `metric` holds."""
+        return self.samples[metric].count("1") / self.n
+
+    def stderr(self, metric: str) -> float:
+        """Return the standard error of `mean` as the harness defines it; NaN for a single question."""
+        mean = self.mean(metric)
+        return math.sqrt(mean * (1 - mean) / (self.n - 1)) if self.n > 1 else math.nan
+
+
+def paired_difference(a: TaskScore, b: TaskScore, metric: str) -> tuple[float, float]:
+    """Return the mean over the questions of (b - a), what `b` gained on `a`, and its standard error.
+
+    Both answered the same questions, so the error is that of the per-question differences: smaller than that of
+    two independent samples wherever the two mostly agree. NaN for a single question.
+
+    Raises:
+        ValueError: the two did not answer the same questions.
+    """
+    if a.n != b.n:
+        raise ValueError(
+            f"paired difference of {a.n} and {b.n} questions; both must answer the same questions: score both with "
+            "the same `evaluation.limit` and data"
+        )
+    if a.key.get("data") != b.key.get("data"):
+        raise ValueError(
+            f"paired difference over two data files (SHA-256 {a.key.get('data')} and {b.key.get('data')}); "
+            "score both models on the same file"
+        )
+    pairs = zip(a.samples[metric], b.samples[metric], strict=True)
+    gains = [int(after) - int(before) for before, after in pairs]
+    mean = sum(gains) / a.n
+    if a.n == 1:
+        return mean, math.nan
+    variance = sum((gain - mean) ** 2 for gain in gains) / (a.n - 1)
+    return mean, math.sqrt(variance / a.n)
+
+
+def read_scores(results: Path) -> dict[str, dict[str, TaskScore]]:
+    """Return {label: {task: score}} of a results file; empty when there is no such file.
+
+    Raises:
+        ValueError: the file is not one that `evaluate` wrote.
+    """
+    scores = _read(results).get("scores", {})
+    try:
+        return {label: {task: _from_json(entry) for task, entry in tasks.items()} for label, tasks in scores.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{results}: not a results file of this toolkit ({error!r}); move it away") from None
+
+
+def finished(results: Path, label: str, keys: Mapping[str, Key]) -> dict[str, TaskScore]:
+    """Return those tasks of `keys` that `results` holds under `label` with exactly the given key."""
+    known = read_scores(results).get(label, {})
+    return {task: known[task] for task, key in keys.items() if task in known and known[task].key == key}
+
+
+def record(results: Path, label: str, task: str, score: TaskScore) -> None:
+    """Add one score to the results file, which is replaced as a whole; what else it holds is kept."""
+    if not is_main_process():
+        return
+    content = _read(results)
+    content["versions"] = versions()
+    content["git_commit"] = git_commit()
+    content.setdefault("scores", {}).setdefault(label, {})[task] = _to_json(score)
+    write_json(results, content)
+
+
+def is_main_process() -> bool:
+    """Tell whether this process is the one that writes and shows progress."""
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0)
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that scores may depend on; None for what is not installed."""
+    found: dict[str, str | None] = {"metatt_scale": metatt_scale.__version__}
+    for package in ("torch", "transformers", "lm_eval", "bitsandbytes"):
+        found[package] = package_version(package)
+    return {**found, "python": platform.python_version()}
+
+
+def package_version(package: str) -> str | None:
+    """Return an installed package's version without importing it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Return the commit of the working tree this toolkit runs from, with "-dirty" if tracked files differ."""
+    root = Path(metatt_scale.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's repository, whose commit would be a false statement.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _read(results: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(results.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{results}: not valid JSON ({error}); move it away to start afresh") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{results}: holds a {type(content).__name__}, not an object; move it away")
+    return content
+
+
+def _to_json(score: TaskScore) -> dict[str, Any]:
+    entry: dict[str, Any] = {"n": score.n}
+    for metric in score.samples:
+        stderr = score.stderr(metric)
+        entry[metric] = score.mean(metric)
+        entry[f"{metric}_stderr"] = None if math.isnan(stderr) else stderr
+    return {
+        **entry,
+        "metric": score.metric,
+        "samples": score.samples,
+        "key": score.key,
+        "seconds": score.seconds,
+    }
+
+
+def _from_json(entry: dict[str, Any]) -> TaskScore:
+    return TaskScore(metric=entry["metric"], samples=entry["samples"], key=entry["key"], seconds=entry["seconds"])

@@ -1,0 +1,146 @@
+"""Adapters in the formats others read: PEFT's LoRA, a merged transformers folder, our own cores.
+
+Each export is a whole folder with a model card, written beside and renamed into place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from metatt_scale.adapter import merge, peft_config, peft_state, plain_linear
+from metatt_scale.adapter.saved import CONFIG, WEIGHTS
+from metatt_scale.evaluation import read_scores
+from metatt_scale.files import new_folder, write_json, write_text
+from metatt_scale.reopen import Reopened, adapter_folder, read_recipe, reopen, run_folder
+
+FORMATS = ("lora", "merged", "metatt")
+
+
+def export(
+    path: str | Path,
+    to: str,
+    console: Console,
+    *,
+    out: str | Path | None = None,
+    merge_base: str = "original",
+    backbone: str | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write one export of a run or adapter folder and return its folder.
+
+    Args:
+        path: run directory or adapter folder.
+        to: `lora` (exact PEFT checkpoint), `merged` (plain transformers folder) or `metatt` (the cores).
+        console: progress.
+        out: target folder; `RUN/exports/FORMAT` when absent.
+        merge_base: merge onto the `original` weights, or onto the `dequantised` 4- or 8-bit ones trained against.
+        backbone: another place of the same backbone.
+        replace: overwrite an existing export.
+
+    Raises:
+        ValueError: unknown format, damaged adapter, or merged weights that are not finite.
+        FileExistsError: the target exists and `replace` is false.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
+    source = adapter_folder(path)
+    target = Path(out) if out is not None else run_folder(source) / "exports" / to
+    if target.exists() and not replace:
+        raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
+    description, recipe = read_recipe(source, backbone)
+    with new_folder(target, replace=replace) as temporary:
+        if to == "metatt":
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(source / name, temporary / name)
+        elif to == "lora":
+            _write_lora(reopen(path, console, backbone=backbone), temporary)
+        else:
+            quantization = "none" if merge_base == "original" else recipe.backbone.quantization
+            opened = reopen(path, console, backbone=backbone, quantization=quantization)
+            _write_merged(opened, temporary)
+        write_text(temporary / "README.md", model_card(source, description, to, merge_base))
+    console.print(f"{to} export: {target}", highlight=False)
+    return target
+
+
+def _write_lora(opened: Reopened, folder: Path) -> None:
+    save_file(peft_state(opened.adapter), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(opened.adapter, opened.recipe.backbone.path))
+
+
+def _write_merged(opened: Reopened, folder: Path) -> None:
+    merge(opened.adapter)
+    make_plain(opened)
+    opened.model.save_pretrained(folder)
+    opened.tokenizer.save_pretrained(folder)
+
+
+def make_plain(opened: Reopened) -> None:
+    """Turn a merged model into an ordinary one: merged linears in their places, nothing quantised."""
+    model, dtype = opened.model, opened.adapter.compute_dtype
+    for linear, target in zip(opened.adapter.linears, opened.adapter.targets, strict=True):
+        assert linear.merged_layer is not None, "merge first"
+        _put(model, target.path, linear.merged_layer)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:  # a bitsandbytes linear
+            _put(model, path, plain_linear(module, dtype))
+
+
+def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def model_card(source: Path, description: dict[str, Any], to: str, merge_base: str) -> str:
+    """Return the README of an export: base, recipe, data, counts and the scores on record."""
+    recipe = description["recipe"]
+    kinds = {
+        "lora": "the exact LoRA form of the tensor train (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
+        "merged": f"a plain transformers model, merged onto the {merge_base} weights",
+        "metatt": "the tensor-train cores (`metatt.json` + `metatt.safetensors`), for metatt-scale",
+    }
+    sizes = " x ".join(f"{m} {n}" for m, n in zip(description["modes"], description["sizes"], strict=True))
+    lines = [
+        "---",
+        f"base_model: {description['base_model']}",
+        "library_name: " + {"lora": "peft", "merged": "transformers", "metatt": "metatt_scale"}[to],
+        "tags: [metatt, tensor-train, lora]",
+        "---",
+        "",
+        f"# {description['kind']} adapter for {description['base_model']}",
+        "",
+        f"This folder holds {kinds[to]}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {description['base_model']} (quantization {recipe['backbone']['quantization']}) |",
+        f"| chain | {sizes}; ranks {', '.join(map(str, description['ranks']))}; alpha {description['alpha']} |",
+        f"| trained parameters | {description['trainable_parameters']:,} |",
+        f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
+        f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} target tokens) |",
+        f"| training | {description['step']} steps of {recipe['training']['batch_size']} examples, learning rate "
+        f"{recipe['training']['learning_rate']}, seed {recipe['seed']} |",
+        f"| made with | metatt-scale {description['metatt_scale']} |",
+        "",
+        *_score_lines(run_folder(source) / "results.json"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _score_lines(results: Path) -> list[str]:
+    if not results.is_file():
+        return ["No scores on record."]
+    lines = ["## Scores", "", "| model | task | metric | score | ± | questions |", "|---|---|---|---|---|---|"]
+    for label, tasks in read_scores(results).items():
+        for task, score in tasks.items():
+            for metric in score.samples:
+                mean, error = score.mean(metric), score.stderr(metric)
+                lines.append(f"| {label} | {task} | {metric} | {mean:.4f} | {error:.4f} | {score.n} |")
+    return lines

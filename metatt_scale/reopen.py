@@ -1,0 +1,99 @@
+"""A finished run, or an adapter folder, back in memory on its backbone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from metatt_scale.adapter import ChainAdapter, load_adapter, read_description
+from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
+from metatt_scale.recipe import Recipe, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reopened:
+    """A model with its adapter attached, and where both came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: ChainAdapter
+    recipe: Recipe
+    description: dict[str, Any]
+    folder: Path
+    """The adapter folder."""
+
+    @property
+    def run(self) -> Path:
+        """The run directory (the adapter folder itself where it stands alone)."""
+        return run_folder(self.folder)
+
+    def fingerprint(self, *, with_adapter: bool = True) -> str:
+        """Return a hash of everything that decides the model's outputs."""
+        decides: dict[str, Any] = {"backbone": self.recipe.backbone.model_dump(mode="json")}
+        decides["backbone"].pop("gradient_checkpointing")
+        if with_adapter:
+            decides["adapter"] = self.description["weights_sha256"]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """Return the adapter folder of a run directory, or the folder itself if it is one.
+
+    Raises:
+        ValueError: neither.
+    """
+    path = Path(path)
+    for candidate in (path / "adapter", path):
+        if (candidate / "metatt.json").is_file():
+            return candidate
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a run directory or an adapter folder")
+    unfinished = " (the run has checkpoints but has not finished)" if (path / "checkpoints").is_dir() else ""
+    raise ValueError(f"{path}: holds no adapter{unfinished}; give a finished run directory or an adapter folder")
+
+
+def run_folder(folder: Path) -> Path:
+    """Return the run directory an adapter folder belongs to."""
+    return folder.parent if folder.name == "adapter" and (folder.parent / "recipe.yaml").exists() else folder
+
+
+def read_recipe(folder: Path, backbone: str | None = None) -> tuple[dict[str, Any], Recipe]:
+    """Return an adapter's description and its recipe, with another `backbone.path` if one is given."""
+    description = read_description(folder)
+    recipe = description.get("recipe")
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{folder}/metatt.json: holds no recipe; the file is damaged")
+    if backbone is not None:
+        recipe["backbone"]["path"] = backbone
+    return description, validate(recipe, f"{folder}/metatt.json")
+
+
+def reopen(
+    path: str | Path, console: Console, *, backbone: str | None = None, quantization: str | None = None
+) -> Reopened:
+    """Load backbone, tokenizer and adapter of a run.
+
+    Args:
+        path: run directory or adapter folder.
+        console: where the wait is shown.
+        backbone: another place of the same backbone (the recorded path may be of another machine).
+        quantization: overrides the recipe's, for merging onto the original weights.
+    """
+    folder = adapter_folder(path)
+    description, recipe = read_recipe(folder, backbone)
+    if quantization is not None:
+        changed = recipe.backbone.model_copy(update={"quantization": quantization})
+        recipe = recipe.model_copy(update={"backbone": changed})
+    with console.status(f"loading {recipe.backbone.path}"):
+        tokenizer = load_tokenizer(recipe.backbone)
+        model = load_backbone(recipe.backbone, pick_device(), recipe.seed)
+    adapter = load_adapter(folder, model)
+    return Reopened(
+        model=model, tokenizer=tokenizer, adapter=adapter, recipe=recipe, description=description, folder=folder
+    )

@@ -1,0 +1,215 @@
+"""Checkpoints that are whole or absent, and a resume that gives the same bits.
+
+    checkpoints/step-000100/
+        state.safetensors   cores, AdamW moments, the best cores so far
+        state.json          step, counters, the recipe, ranks and threads
+        COMPLETE            hashes of the two, written last; the folder is renamed into place after that
+
+Everything else a run needs is a pure function of (recipe, step): data order, dropout, learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metatt_scale.adapter import ChainAdapter
+from metatt_scale.files import new_folder, sha256, write_json
+from metatt_scale.recipe import Recipe
+
+_MARKER, _STATE, _TENSORS = "COMPLETE", "state.json", "state.safetensors"
+_NAME = re.compile(r"step-(\d{6,})")
+# What may differ between the run that wrote a checkpoint and the one that resumes it: nothing here decides a bit.
+_FREE = ("output_dir", "evaluation", "logging", "training.resume", "training.save_every", "training.keep_checkpoints")
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """All of a run's state that is not a tensor."""
+
+    step: int = 0
+    """Optimizer steps done (skipped ones too)."""
+    skipped: int = 0
+    """Steps skipped because loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    """Lowest evaluation loss so far."""
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    target_tokens: int = 0
+    """Target tokens trained on."""
+    finished: bool = False
+    """Nothing is left to train (all steps done, or stopped early)."""
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """A checkpoint in memory."""
+
+    progress: Progress
+    cores: list[Tensor]
+    moments: list[dict[str, Tensor]]
+    """AdamW's state per core; empty before the first step."""
+    best_cores: list[Tensor] = field(default_factory=list)
+    ranks: int = 1
+    threads: int = 1
+
+
+def take_snapshot(
+    adapter: ChainAdapter, optimizer: torch.optim.Optimizer, progress: Progress, best_cores: Sequence[Tensor]
+) -> Snapshot:
+    """Collect what `save` writes."""
+    return Snapshot(
+        progress=progress,
+        cores=[core.detach() for core in adapter.cores],
+        moments=[optimizer.state.get(core, {}) for core in adapter.cores],
+        best_cores=list(best_cores),
+        threads=torch.get_num_threads(),
+    )
+
+
+def restore(snapshot: Snapshot, adapter: ChainAdapter, optimizer: torch.optim.Optimizer) -> None:
+    """Put a snapshot's tensors back into adapter and optimizer."""
+    adapter.set_cores([core.to(adapter.cores[0].device) for core in snapshot.cores])
+    for core, moments in zip(adapter.cores, snapshot.moments, strict=True):
+        if moments:
+            # AdamW keeps its step counter on the CPU and the moments beside the parameter.
+            optimizer.state[core] = {
+                name: value if name == "step" else value.to(core.device) for name, value in moments.items()
+            }
+
+
+def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
+    """Write `step-N` below `root` and remove all but the newest `keep`."""
+    folder = root / f"step-{snapshot.progress.step:06d}"
+    tensors = {f"core_{k}": core for k, core in enumerate(snapshot.cores)}
+    tensors |= {f"best_{k}": core for k, core in enumerate(snapshot.best_cores)}
+    for k, moments in enumerate(snapshot.moments):
+        tensors |= {f"adam_{k}_{name}": value for name, value in moments.items()}
+    with new_folder(folder, replace=True) as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary / _TENSORS)
+        write_json(
+            temporary / _STATE,
+            {
+                "progress": asdict(snapshot.progress),
+                "ranks": snapshot.ranks,
+                "threads": snapshot.threads,
+                "torch": torch.__version__,
+                "recipe": recipe.model_dump(mode="json"),
+            },
+        )
+        write_json(temporary / _MARKER, {name: sha256(temporary / name) for name in (_STATE, _TENSORS)})
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    for leftover in root.glob(".step-*"):  # a run killed while writing
+        shutil.rmtree(leftover, ignore_errors=True)
+    return folder
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return all checkpoint folders below `root`, oldest first, valid or not."""
+    found = [path for path in root.glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Snapshot:
+    """Read one checkpoint.
+
+    Raises:
+        DamagedCheckpointError: cut short, wrong hash or unreadable.
+        ValueError: made by another recipe, or for cores of other shapes.
+    """
+    state = _verified_state(folder)
+    differences = _differences(state.get("recipe", {}), recipe.model_dump(mode="json"))
+    if differences:
+        raise ValueError(
+            f"{folder}: made by another recipe ({'; '.join(differences[:4])}); use another output_dir, or take the "
+            "settings back"
+        )
+    try:
+        tensors = load_file(folder / _TENSORS)
+        progress = Progress(**state["progress"])
+        cores = [tensors[f"core_{k}"] for k in range(len(shapes))]
+        best = [tensors[f"best_{k}"] for k in range(len(shapes))] if "best_0" in tensors else []
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
+    if [tuple(core.shape) for core in cores] != [tuple(shape) for shape in shapes]:
+        found = [tuple(core.shape) for core in cores]
+        raise ValueError(
+            f"{folder}: holds cores of shapes {found}, this run has {list(shapes)}; not the same adapter"
+        )
+    moments = [
+        {name.removeprefix(f"adam_{k}_"): t for name, t in tensors.items() if name.startswith(f"adam_{k}_")}
+        for k in range(len(shapes))
+    ]
+    return Snapshot(
+        progress=progress,
+        cores=cores,
+        moments=moments,
+        best_cores=best,
+        ranks=state.get("ranks", 1),
+        threads=state.get("threads", 1),
+    )
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint folder that cannot be trusted; an older one may be."""
+
+
+def newest_valid(
+    root: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]
+) -> tuple[Path | None, Snapshot | None, list[str]]:
+    """Return the newest checkpoint that is whole, and a message for each damaged one passed over.
+
+    Raises:
+        ValueError: the newest whole checkpoint belongs to another recipe or shape.
+    """
+    refused: list[str] = []
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            return folder, load(folder, recipe, shapes), refused
+        except DamagedCheckpointError as error:
+            refused.append(str(error))
+    return None, None, refused
+
+
+def _verified_state(folder: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        for name in (_STATE, _TENSORS):
+            if sha256(folder / name) != marker[name]:
+                raise DamagedCheckpointError(f"{folder}: the hash of {name} is not the one in {_MARKER}")
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        assert isinstance(state, dict)
+        return state
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise DamagedCheckpointError(f"{folder}: cut short, {missing} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        if isinstance(error, DamagedCheckpointError):
+            raise
+        raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
+
+
+def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    result: list[str] = []
+    for key in [*wanted, *(key for key in saved if key not in wanted)]:
+        dotted = f"{prefix}{key}"
+        old, new = saved.get(key), wanted.get(key)
+        if dotted in _FREE or old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            result += _differences(old, new, f"{dotted}.")
+        else:
+            result.append(f"{dotted} was {old!r}, is {new!r}")
+    return result

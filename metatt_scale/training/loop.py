@@ -1,0 +1,256 @@
+"""The optimizer steps of a run: forward, backward, pull back, decide, step; evaluate and save in between."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from metatt_scale.adapter import ChainAdapter
+from metatt_scale.data import BatchOrder, PreparedData, micro_batches, target_count, validation_batches
+from metatt_scale.recipe import Recipe
+from metatt_scale.training import checkpoint
+from metatt_scale.training.checkpoint import Progress
+from metatt_scale.training.loss import token_loss_sum
+from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib
+from metatt_scale.training.optimizer import clip, gradient_norm, learning_rate, make_optimizer
+
+
+class TrainingStopped(Exception):
+    """A signal stopped the run after a whole step; its checkpoint is written."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; the checkpoint is written"
+        )
+        self.exit_code = 128 + signal_number
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Everything the loop works with; `train` is its only entry."""
+
+    recipe: Recipe
+    model: nn.Module
+    adapter: ChainAdapter
+    data: PreparedData
+    pad_token_id: int
+    device: torch.device
+    folder: Path
+    console: Console
+    progress: Progress = field(default_factory=Progress)
+    best_cores: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        training = self.recipe.training
+        self.optimizer = make_optimizer(self.adapter.cores, training)
+        self.order = BatchOrder(self.data.train, self.recipe.seed, training.batch_size)
+        self.total_steps = training.max_steps or training.epochs * self.order.steps_per_epoch
+        self.stop_signal: int | None = None
+
+    # ---- the life of a run
+
+    def train(self) -> None:
+        """Run the steps that are left.
+
+        Raises:
+            TrainingStopped: SIGTERM or SIGINT arrived; state is saved.
+            ValueError: too many steps in a row were not finite; the last good cores are saved.
+        """
+        metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step)
+        trackers = Trackers(self.recipe)
+        bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
+        restore_signals = self._catch_signals()
+        started, first_step = time.perf_counter(), self.progress.step
+        try:
+            while not self.progress.finished:
+                report = self._step()
+                self._between_steps(report)
+                elapsed = time.perf_counter() - started
+                done = self.progress.step - first_step
+                bar.update(
+                    self.progress.step, _shown(report), elapsed / done * (self.total_steps - self.progress.step)
+                )
+                if self.progress.step % self.recipe.logging.every == 0 or "eval_loss" in report:
+                    metrics.write(self.progress.step, report)
+                    trackers.log(self.progress.step, report)
+                self._maybe_stop()
+        finally:
+            restore_signals()
+            bar.close()
+            metrics.close()
+            trackers.close()
+
+    def _step(self) -> dict[str, Any]:
+        """Do one optimizer step and return its numbers."""
+        training, step = self.recipe.training, self.progress.step
+        started = time.perf_counter()
+        epoch, indices = self.order.global_batch(step)
+        tokens = target_count(self.data.table, indices)
+        loss_sum, length = self._accumulate(indices, tokens, step)
+        gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
+        norm = gradient_norm(gradients)
+        loss, grad_norm = (float(v) for v in torch.stack([loss_sum.double() / tokens, norm.double()]))
+        rate = learning_rate(training, step, self.total_steps)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            clip(gradients, grad_norm, training.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(finite, tokens)
+        seconds = time.perf_counter() - started
+        return {
+            "epoch": epoch,
+            "loss": loss if finite else None,
+            "grad_norm": grad_norm if finite else None,
+            "learning_rate": rate,
+            "tokens_per_second": length / seconds,
+            "seconds": seconds,
+            "ranks": list(self.adapter.spec.ranks),
+            "memory_gib": peak_memory_gib(self.device),
+            "skipped": self.progress.skipped,
+        }
+
+    def _accumulate(self, indices: Any, tokens: int, step: int) -> tuple[Tensor, int]:
+        """Run all micro-batches of a global batch; return the summed loss and the tokens sent through the model."""
+        self.model.train()
+        # Dropout is a pure function of (seed, step), so a resumed run draws the same masks.
+        torch.manual_seed((self.recipe.seed << 32) + step)
+        loss_sum, length = torch.zeros((), device=self.device), 0
+        for batch in micro_batches(
+            self.data.table,
+            indices,
+            micro_batch_size=self.recipe.training.micro_batch_size,
+            rank=0,
+            world_size=1,
+            pad_token_id=self.pad_token_id,
+        ):
+            loss = token_loss_sum(self.model, batch, self.device)
+            (loss / tokens).backward()
+            loss_sum += loss.detach()
+            length += int(batch.attention_mask_BS.sum())
+        self.adapter.pull_back()
+        return loss_sum, length
+
+    def _count(self, finite: bool, tokens: int) -> None:
+        progress = self.progress
+        progress.step += 1
+        if finite:
+            progress.skipped_in_a_row = 0
+            progress.target_tokens += tokens
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+        progress.finished = progress.step >= self.total_steps
+
+    def _between_steps(self, report: dict[str, Any]) -> None:
+        """Evaluate and save where the recipe says so; the report gets the evaluation's numbers."""
+        training, progress = self.recipe.training, self.progress
+        if progress.skipped_in_a_row >= training.max_nonfinite_steps:
+            self._save()
+            raise ValueError(
+                f"stopped at step {progress.step}: loss or gradient was not finite {progress.skipped_in_a_row} times "
+                f"in a row (training.max_nonfinite_steps); the last good cores are in {self.folder}/checkpoints; "
+                "lower training.learning_rate or adapter.alpha, or look at the records of these steps"
+            )
+        if self._due(training.eval_every) and self.data.validation is not None:
+            report["eval_loss"] = self.evaluation_loss()
+            self._judge(report["eval_loss"])
+        if self._due(training.save_every) or progress.finished:
+            self._save()
+
+    def _due(self, every: int | str) -> bool:
+        if every == "never":
+            return False
+        if every == "epoch":
+            return self.progress.step % self.order.steps_per_epoch == 0 or self.progress.finished
+        assert isinstance(every, int)
+        return self.progress.step % every == 0 or self.progress.finished
+
+    def _judge(self, loss: float) -> None:
+        """Remember the best cores, and stop early where the recipe says so."""
+        progress, patience = self.progress, self.recipe.training.early_stopping_patience
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step = loss, progress.step
+            progress.evaluations_without_gain = 0
+            self.best_cores = [core.detach().clone() for core in self.adapter.cores]
+        else:
+            progress.evaluations_without_gain += 1
+            if patience is not None and progress.evaluations_without_gain >= patience:
+                progress.finished = True
+
+    @torch.no_grad()
+    def evaluation_loss(self) -> float:
+        """Return the mean loss per target token over the validation records (nats)."""
+        assert self.data.validation is not None
+        table, indices = self.data.validation
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in validation_batches(
+            table,
+            indices,
+            micro_batch_size=self.recipe.training.micro_batch_size,
+            rank=0,
+            world_size=1,
+            pad_token_id=self.pad_token_id,
+        ):
+            total += token_loss_sum(self.model, batch, self.device)
+        self.model.train()
+        return float(total) / target_count(table, indices)
+
+    def _save(self) -> None:
+        snapshot = checkpoint.take_snapshot(self.adapter, self.optimizer, self.progress, self.best_cores)
+        keep = self.recipe.training.keep_checkpoints
+        checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe, keep)
+
+    # ---- signals
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """Let SIGTERM and SIGINT finish the step; a second SIGINT interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.console.print(f"{signal.Signals(number).name}: finishing this step, then saving", highlight=False)
+
+        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def restore() -> None:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+        return restore
+
+    def _maybe_stop(self) -> None:
+        if self.stop_signal is not None and not self.progress.finished:
+            self._save()
+            raise TrainingStopped(self.stop_signal, self.progress.step)
+
+
+def _shown(report: dict[str, Any]) -> dict[str, str]:
+    """Return the numbers a person follows while waiting."""
+    shown = {
+        "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
+        "lr": f"{report['learning_rate']:.2e}",
+        "tok/s": f"{report['tokens_per_second']:.0f}",
+        "ranks": ",".join(map(str, report["ranks"])),
+        "mem": f"{report['memory_gib']:.1f}G",
+    }
+    if "eval_loss" in report:
+        shown["eval"] = f"{report['eval_loss']:.4f}"
+    return shown

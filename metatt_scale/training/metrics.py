@@ -1,0 +1,127 @@
+"""Where numbers go while a run trains: metrics.jsonl, experiment trackers, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from metatt_scale.files import write_text
+from metatt_scale.recipe import Recipe
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each with its `step`."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # what a killed run wrote after its last checkpoint will be written again
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
+            write_text(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line and hand it to the operating system."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short
+
+
+class Trackers:
+    """Experiment trackers of accelerate (TensorBoard, Weights & Biases, MLflow, trackio), if the recipe names any."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._accelerator = None
+        if recipe.logging.trackers:
+            from accelerate import Accelerator
+            from accelerate.tracking import filter_trackers
+
+            if len(filter_trackers(list(recipe.logging.trackers), recipe.output_dir)) < len(recipe.logging.trackers):
+                raise ValueError(
+                    f"logging.trackers is {list(recipe.logging.trackers)}, but not all of these packages are "
+                    "installed; run `pip install metatt-scale[trackers]` or remove the missing one"
+                )
+            self._accelerator = Accelerator(log_with=list(recipe.logging.trackers), project_dir=recipe.output_dir)
+            self._accelerator.init_trackers(recipe.logging.project, config=_flat(recipe.model_dump(mode="json")))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send the numbers among `values`."""
+        if self._accelerator is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            self._accelerator.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Finish all trackers."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value if isinstance(value, int | float | str | bool) else json.dumps(value)
+    return result
+
+
+class ProgressBar:
+    """A live bar on a terminal; elsewhere one line every `every` steps."""
+
+    def __init__(self, console: Console, total: int, done: int, every: int) -> None:
+        self._console, self._every, self._total = console, every, total
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+        if console.is_terminal:
+            self._live = Progress(
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._live.add_task("train", total=total, completed=done, numbers="")
+            self._live.start()
+
+    def update(self, step: int, numbers: Mapping[str, Any], seconds_left: float) -> None:
+        """Show a step's numbers."""
+        text = "  ".join(f"{key} {value}" for key, value in numbers.items())
+        if self._live is not None:
+            self._live.update(self._task, completed=step, numbers=text)
+        elif step % self._every == 0 or step == self._total:
+            minutes, seconds = divmod(round(seconds_left), 60)
+            line = f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02d}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live is not None:
+            self._live.stop()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak memory of this process in GiB: of the allocator on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,57 @@
+"""AdamW on the cores, its learning rate as a pure function of the step, and clipping.
+
+Every function here depends on its arguments alone, so replicas that call it with equal numbers stay equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from metatt_scale.recipe import TrainingRecipe
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainingRecipe) -> torch.optim.AdamW:
+    """Return plain AdamW (decoupled weight decay, Loshchilov and Hutter 2017) on the fp32 cores."""
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        foreach=False,
+    )
+
+
+def learning_rate(recipe: TrainingRecipe, step: int, total_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) of `total_steps`.
+
+    Warm-up over ceil(warmup_ratio * total) steps from 0, then constant, or linear or cosine to 0 (the schedules of
+    transformers, so that settings carry over).
+    """
+    warmup = math.ceil(recipe.warmup_ratio * total_steps)
+    if step < warmup:
+        return recipe.learning_rate * step / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
+    if recipe.schedule == "linear":
+        return recipe.learning_rate * max(0.0, 1.0 - done)
+    if recipe.schedule == "cosine":
+        return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return recipe.learning_rate
+
+
+@torch.no_grad()
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the 2-norm of all gradients together, on their device."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+
+
+@torch.no_grad()
+def clip(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
+    """Scale all gradients so that their 2-norm is at most `max_norm`; 0 never clips."""
+    if max_norm and norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)

