@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import merge, peft_config, peft_state, plain_linear
+from metatt_scale.adapter import merge, peft_config, peft_state, plain_linear, read_adapter
 from metatt_scale.adapter.saved import CONFIG, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
@@ -60,7 +60,7 @@ def export(
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(source / name, temporary / name)
         elif to == "lora":
-            _write_lora(reopen(path, console, backbone=backbone), temporary)
+            _write_lora(source, recipe.backbone.path, temporary)
         else:
             quantization = "none" if merge_base == "original" else recipe.backbone.quantization
             opened = reopen(path, console, backbone=backbone, quantization=quantization)
@@ -70,9 +70,10 @@ def export(
     return target
 
 
-def _write_lora(opened: Reopened, folder: Path) -> None:
-    save_file(peft_state(opened.adapter), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(opened.adapter, opened.recipe.backbone.path))
+def _write_lora(source: Path, base_model: str, folder: Path) -> None:
+    adapter = read_adapter(source)  # the factors need no backbone
+    save_file(peft_state(adapter), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(adapter, base_model))
 
 
 def _write_merged(opened: Reopened, folder: Path) -> None:

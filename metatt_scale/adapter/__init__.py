@@ -5,7 +5,7 @@ from metatt_scale.adapter.inject import attach, chain_spec, freeze, head_dim_of,
 from metatt_scale.adapter.lora_form import lora_pairs, peft_config, peft_state
 from metatt_scale.adapter.merge import merge, plain_linear, unmerge
 from metatt_scale.adapter.modes import ChainSpec
-from metatt_scale.adapter.saved import load_adapter, read_description, save_adapter
+from metatt_scale.adapter.saved import load_adapter, read_adapter, read_description, save_adapter
 from metatt_scale.adapter.targets import Target, TargetMap, find_targets
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "peft_config",
     "peft_state",
     "plain_linear",
+    "read_adapter",
     "read_description",
     "save_adapter",
     "unmerge",

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter.chain import ChainAdapter
 
@@ -47,7 +46,7 @@ def peft_config(adapter: ChainAdapter, base_model: str) -> dict[str, Any]:
         "lora_alpha": adapter.alpha * rank,
         "lora_dropout": 0.0,
         "target_modules": sorted(target.path for target in adapter.targets),
-        "fan_in_fan_out": any(isinstance(linear.base_layer, Conv1D) for linear in adapter.linears),
+        "fan_in_fan_out": any(target.transposed for target in adapter.targets),
         "use_rslora": False,
         "bias": "none",
         "inference_mode": True,

@@ -68,11 +68,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
-    """Attach a saved adapter to a freshly loaded backbone.
+def read_adapter(folder: Path) -> ChainAdapter:
+    """Read a saved adapter without a backbone: enough for its exact LoRA form.
 
     Raises:
-        ValueError: damaged files, or a model whose modules do not fit the adapter's targets.
+        ValueError: damaged files.
     """
     description = read_description(folder)
     try:
@@ -90,8 +90,18 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
         raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
     if tuple(tuple(core.shape) for core in ordered) != spec.shapes:
         raise ValueError(f"{folder}: the cores' shapes differ from the description {spec.shapes}")
-    _check_fit(model, target_map, folder)
-    adapter = ChainAdapter(spec, ordered, alpha, target_map, compute_dtype(model))
+    return ChainAdapter(spec, ordered, alpha, target_map, torch.float32)
+
+
+def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
+    """Attach a saved adapter to a freshly loaded backbone.
+
+    Raises:
+        ValueError: damaged files, or a model whose modules do not fit the adapter's targets.
+    """
+    adapter = read_adapter(folder)
+    _check_fit(model, adapter.target_map, folder)
+    adapter.compute_dtype = compute_dtype(model)
     attach(model, adapter)
     return adapter
 

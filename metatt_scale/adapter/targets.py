@@ -27,6 +27,8 @@ class Target:
     """Input width."""
     d_out: int
     """Output width."""
+    transposed: bool = False
+    """The weight is stored input x output (GPT-2's Conv1D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,10 @@ def _place(paths: list[str], linears: dict[str, nn.Module]) -> TargetMap:
     for path in paths:
         d_in, d_out = widths(linears[path])
         layer, projection = layer_numbers.index(_layer_number(path)), projections.index(_projection_of(path))
-        targets.append(Target(path=path, layer=layer, projection=projection, d_in=d_in, d_out=d_out))
+        transposed = isinstance(linears[path], Conv1D)
+        targets.append(
+            Target(path=path, layer=layer, projection=projection, d_in=d_in, d_out=d_out, transposed=transposed)
+        )
     targets.sort(key=lambda t: (t.layer, t.projection))
     return TargetMap(targets=tuple(targets), layers=tuple(layer_numbers), projections=tuple(projections))
 
