@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, export, plan, generate.
+"""The command line: train, evaluate, export, plan, generate, benchmark, quickstart.
 
 Anything the user can mend is one message on stderr and exit code 2; a run stopped by a signal exits with 128 plus
 the signal's number. METATT_DEBUG=1 shows the traceback behind a message. Libraries are imported by the command
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -22,8 +25,8 @@ from metatt_scale.recipe import EvaluationRecipe, load_recipe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parse(arguments)
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -31,12 +34,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("METATT_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
 
 
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _parse(arguments: Sequence[str] | None) -> Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides up to the next option only and leaves over those of `plan RECIPE --json key=value`.
+    if any(argument.startswith("-") or "=" not in argument for argument in rest) or (
+        rest and "overrides" not in options
+    ):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' chatter out of our progress (their errors still show); to be done before they load."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="metatt-scale", description="Fine-tuning with one global tensor train")
+    parser = _Parser(prog="metatt-scale", description="Fine-tuning with one global tensor train")
     parser.add_argument("--version", action="version", version=f"metatt-scale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -45,27 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="score a run with lm-evaluation-harness")
-    _add_run(evaluate)
-    evaluate.add_argument("--tasks", help="comma-separated task names; those of the recipe when absent")
-    evaluate.add_argument("--data", help="folder of local task files; the hub when absent here and in the recipe")
-    evaluate.add_argument("--limit", type=int, help="questions per task")
-    evaluate.add_argument("--batch-size", type=int, help="sequences per forward")
-    evaluate.add_argument("--zero-shot", action="store_true", help="score the frozen backbone too, for comparison")
-    evaluate.set_defaults(run=_evaluate)
-
-    export = commands.add_parser("export", help="write a LoRA, merged or metatt folder")
-    _add_run(export)
-    export.add_argument("--to", required=True, choices=("lora", "merged", "metatt"))
-    export.add_argument("--out", help="target folder; RUN/exports/FORMAT when absent")
-    export.add_argument(
-        "--merge-base",
-        choices=("original", "dequantised"),
-        default="original",
-        help="weights that `merged` starts from when the backbone was quantised",
-    )
-    export.add_argument("--replace", action="store_true", help="overwrite an existing export")
-    export.set_defaults(run=_export)
+    _add_evaluate(commands)
+    _add_export(commands)
 
     plan = commands.add_parser("plan", help="count what a recipe trains, without weights or GPU")
     _add_recipe(plan)
@@ -79,7 +95,44 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     generate.add_argument("--zero-shot", action="store_true", help="use the frozen backbone alone")
     generate.set_defaults(run=_generate)
+
+    benchmark = commands.add_parser("benchmark", help="time a step beside the frozen model's and PEFT LoRA's")
+    _add_recipe(benchmark)
+    benchmark.add_argument("--examples", type=int, default=8, help="examples per step")
+    benchmark.add_argument("--length", type=int, default=128, help="tokens per example")
+    benchmark.add_argument("--repeats", type=int, default=7, help="counted rounds")
+    benchmark.set_defaults(run=_benchmark)
+
+    quickstart = commands.add_parser("quickstart", help="the README's first example, from nothing to exports")
+    _add_recipe(quickstart)
+    quickstart.set_defaults(run=_quickstart)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="score a run with lm-evaluation-harness")
+    _add_run(evaluate)
+    evaluate.add_argument("--tasks", help="comma-separated task names; those of the recipe when absent")
+    evaluate.add_argument("--data", help="folder of local task files; the hub when absent here and in the recipe")
+    evaluate.add_argument("--limit", type=int, help="questions per task")
+    evaluate.add_argument("--batch-size", type=int, help="sequences per forward")
+    evaluate.add_argument("--zero-shot", action="store_true", help="score the frozen backbone too, for comparison")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a LoRA, merged or metatt folder")
+    _add_run(export)
+    export.add_argument("--to", required=True, choices=("lora", "merged", "metatt"))
+    export.add_argument("--out", help="target folder; RUN/exports/FORMAT when absent")
+    export.add_argument(
+        "--merge-base",
+        choices=("original", "dequantised"),
+        default="original",
+        help="weights that `merged` starts from when the backbone was quantised",
+    )
+    export.add_argument("--replace", action="store_true", help="overwrite an existing export")
+    export.set_defaults(run=_export)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +155,9 @@ def _train(options: Namespace) -> int:
     except TrainingStopped as stop:
         print(str(stop), file=sys.stderr)
         return stop.exit_code
-    console.print(f"next: metatt-scale evaluate {run.folder}   or   metatt-scale export {run.folder} --to lora")
+    console.print(
+        f"next: metatt-scale evaluate {run.folder}, metatt-scale export {run.folder} --to lora", soft_wrap=True
+    )
     return 0
 
 
@@ -169,6 +224,30 @@ def _generate(options: Namespace) -> int:
     opened = reopen(options.run_or_adapter, Console(stderr=True), backbone=options.backbone)
     opened.adapter.enabled = not options.zero_shot
     print(generate(opened.model, opened.tokenizer, options.prompt, options.max_new_tokens, options.temperature))
+    return 0
+
+
+def _benchmark(options: Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    for name in ("examples", "length", "repeats"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    from metatt_scale.benchmark import measure_steps, timing_table
+
+    timings = measure_steps(recipe, examples=options.examples, length=options.length, repeats=options.repeats)
+    Console().print(timing_table(timings, recipe))
+    return 0
+
+
+def _quickstart(options: Namespace) -> int:
+    from metatt_scale.quickstart import quickstart
+    from metatt_scale.training import TrainingStopped
+
+    try:
+        quickstart(Path(options.recipe), options.overrides, Console())
+    except TrainingStopped as stop:
+        print(str(stop), file=sys.stderr)
+        return stop.exit_code
     return 0
 
 

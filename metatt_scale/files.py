@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,21 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def save_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
+    """Write torch tensors as a safetensors file.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Fill a temporary folder beside `path`, then fsync everything in it and rename it to `path`.
@@ -87,7 +102,12 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         if path.exists():
             retired = temporary.with_name(temporary.name + "-old")
             os.rename(path, retired)
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except BaseException:
+                if not path.exists():
+                    os.rename(retired, path)
+                raise
             shutil.rmtree(retired)
         else:
             os.rename(temporary, path)

@@ -14,6 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from metatt_scale.adapter import ChainAdapter, load_adapter, read_description
 from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
 from metatt_scale.recipe import Recipe, validate
+from metatt_scale.training import TrainedRun
+
+# What a run writes about itself beside the chain (`training.run.describe`), and what an export relies on.
+_ABOUT = {"recipe": dict, "base_model": str, "kind": str, "step": int, "target_tokens": int, "records": list}
+_ABOUT |= {"trainable_parameters": int, "metatt_scale": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,19 @@ class Reopened:
     description: dict[str, Any]
     folder: Path
     """The adapter folder."""
+
+    @classmethod
+    def of_run(cls, run: TrainedRun, recipe: Recipe) -> Reopened:
+        """Return the run that has just been trained, without loading anything again."""
+        folder = adapter_folder(run.folder)
+        return cls(
+            model=run.model,
+            tokenizer=run.tokenizer,
+            adapter=run.adapter,
+            recipe=recipe,
+            description=read_description(folder),
+            folder=folder,
+        )
 
     @property
     def run(self) -> Path:
@@ -66,12 +84,15 @@ def run_folder(folder: Path) -> Path:
 def read_recipe(folder: Path, backbone: str | None = None) -> tuple[dict[str, Any], Recipe]:
     """Return an adapter's description and its recipe, with another `backbone.path` if one is given."""
     description = read_description(folder)
-    recipe = description.get("recipe")
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{folder}/metatt.json: holds no recipe; the file is damaged")
+    for key, kind in _ABOUT.items():
+        if not isinstance(description.get(key), kind):
+            raise ValueError(f"{folder}/metatt.json: has no usable `{key}`; the file is damaged")
+    validated = validate(description["recipe"], f"{folder}/metatt.json")
     if backbone is not None:
-        recipe["backbone"]["path"] = backbone
-    return description, validate(recipe, f"{folder}/metatt.json")
+        data = validated.model_dump(mode="json")
+        data["backbone"]["path"] = backbone
+        validated = validate(data, f"{folder}/metatt.json with --backbone {backbone}")
+    return description, validated
 
 
 def reopen(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
 from metatt_scale.adapter.modes import ChainSpec, factors
@@ -40,6 +41,8 @@ class AdaptedLinear(nn.Module):
         self.index = index
         self.merged_layer: nn.Module | None = None
         self._owner = (adapter,)  # inside a tuple, so that nn.Module does not register it as a child
+        # A packed linear with a bias returns a view made inside its autograd Function; nothing may write into it.
+        self._copies = base_layer.bias is not None and type(base_layer) not in (nn.Linear, Conv1D)
 
     @property
     def adapter(self) -> ChainAdapter:
@@ -51,7 +54,9 @@ class AdaptedLinear(nn.Module):
         if self.merged_layer is not None:
             return self.merged_layer(x)
         y = self.base_layer(x)
-        return self.adapter.add_to(y, x, self.index) if self.adapter.enabled else y
+        if not self.adapter.enabled:
+            return y
+        return self.adapter.add_to(y.clone() if self._copies else y, x, self.index)
 
 
 class ChainAdapter(nn.Module):
@@ -138,6 +143,10 @@ class ChainAdapter(nn.Module):
         h = operator.project(x.to(self.compute_dtype), a.leaf, a.copy)
         self._shared = None if x.is_inference() else (weakref.ref(x), x._version, a, grad, h)
         return h
+
+    def forget_input(self) -> None:
+        """Drop the shared projection: a layer recomputed in the backward pass must project its input again."""
+        self._shared = None
 
     def pull_back(self) -> None:
         """Carry the gradients that all backward passes left on the factors to `core.grad`, adding to it."""

@@ -88,6 +88,7 @@ def attach(model: PreTrainedModel, adapter: ChainAdapter) -> None:
     adapter.linears = tuple(linears)
     adapter.to(next(model.parameters()).device)
     model.register_forward_pre_hook(lambda *_: adapter.fold())
+    model.register_forward_hook(lambda *_: adapter.forget_input())
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -37,10 +37,12 @@ def lora_pairs(adapter: ChainAdapter) -> list[LoraPair]:
 
 def peft_config(adapter: ChainAdapter, base_model: str) -> dict[str, Any]:
     """Return PEFT's adapter_config.json for these factors (lora_alpha = alpha r, since PEFT divides by r)."""
+    # PEFT has no task type for masked language models, and its wrapper for causal ones fails on them.
+    causal = not adapter.targets[0].path.startswith(("bert.", "roberta."))
     rank = adapter.spec.lora_rank
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": adapter.alpha * rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter.chain import ChainAdapter
 from metatt_scale.adapter.inject import attach, compute_dtype
-from metatt_scale.adapter.modes import ChainSpec
+from metatt_scale.adapter.modes import ChainSpec, check_order
 from metatt_scale.adapter.targets import Target, TargetMap, is_linear, widths
-from metatt_scale.files import sha256, write_json
-from metatt_scale.tensor import check_chain
+from metatt_scale.files import save_tensors, sha256, write_json
 
 CONFIG, WEIGHTS = "metatt.json", "metatt.safetensors"
 _FORMAT = 1
@@ -28,7 +28,7 @@ _FORMAT = 1
 def save_adapter(folder: Path, adapter: ChainAdapter, about: Mapping[str, Any]) -> None:
     """Write cores and description into an existing folder; `about` records base model, recipe and the like."""
     cores = {f"core_{k}": core.detach().cpu().contiguous() for k, core in enumerate(adapter.cores)}
-    save_file(cores, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS, cores)
     description = {
         "format": _FORMAT,
         "modes": adapter.spec.modes,
@@ -55,7 +55,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder}: not an adapter folder, it has no {CONFIG}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{folder / CONFIG}: not readable as JSON ({error}); take the adapter from a backup"
         ) from None
@@ -77,19 +77,13 @@ def read_adapter(folder: Path) -> ChainAdapter:
     description = read_description(folder)
     try:
         cores = load_file(folder / WEIGHTS)
-        spec = ChainSpec(**{key: tuple(description[key]) for key in ("modes", "sizes", "ranks")})
-        target_map = TargetMap(
-            targets=tuple(Target(**target) for target in description["targets"]),
-            layers=tuple(description["layers"]),
-            projections=tuple(description["projections"]),
-        )
+        spec, target_map, alpha = _parse(description)
         ordered = [cores[f"core_{k}"].to(torch.float32) for k in range(len(spec.modes))]
-        check_chain(ordered)
-        alpha = float(description["alpha"])
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
-    if tuple(tuple(core.shape) for core in ordered) != spec.shapes:
-        raise ValueError(f"{folder}: the cores' shapes differ from the description {spec.shapes}")
+    found = tuple(tuple(core.shape) for core in ordered)
+    if found != spec.shapes:
+        raise ValueError(f"{folder}: {CONFIG} describes cores of shapes {spec.shapes}, {WEIGHTS} holds {found}")
     return ChainAdapter(spec, ordered, alpha, target_map, torch.float32)
 
 
@@ -106,10 +100,33 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
     return adapter
 
 
+def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]:
+    """Return what `metatt.json` describes; whatever it raises on a file that was edited means "damaged"."""
+    spec = ChainSpec(**{key: tuple(description[key]) for key in ("modes", "sizes", "ranks")})
+    check_order(spec.modes, "metatt_5d" if "head" in spec.modes else "metatt_4d")
+    target_map = TargetMap(
+        targets=tuple(Target(**target) for target in description["targets"]),
+        layers=tuple(description["layers"]),
+        projections=tuple(description["projections"]),
+    )
+    size = dict(zip(spec.modes, spec.sizes, strict=True))
+    widest = size["output"] * size.get("head", 1)
+    for target in target_map.targets:
+        inside = 0 <= target.layer < size["layer"] and 0 <= target.projection < size["projection"]
+        if not (inside and 0 < target.d_in <= size["input"] and 0 < target.d_out <= widest):
+            raise ValueError(f"target {target} does not lie in a chain of sizes {size}")
+    if len(spec.ranks) != len(spec.modes) - 1 or not target_map.targets:
+        raise ValueError(f"{len(spec.ranks)} ranks for {len(spec.modes)} modes, {len(target_map.targets)} targets")
+    alpha = float(description["alpha"])
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}")
+    return spec, target_map, alpha
+
+
 def _check_fit(model: nn.Module, target_map: TargetMap, folder: Path) -> None:
     modules = dict(model.named_modules())
     for target in target_map.targets:
-        module = modules.get(target.path)
+        module = modules.get(str(target.path))
         found = widths(module) if module is not None and is_linear(module) else None
         if found != (target.d_in, target.d_out):
             has = "no such linear module" if found is None else f"{found[0]} -> {found[1]}"

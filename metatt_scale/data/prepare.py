@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,8 @@ class PreparedData:
     """Which of `table` are trained on, and how often."""
     validation: ValidationData | None
     """Own sources, or a part of `table` that is not trained on; None where the recipe names neither."""
+    digest: str
+    """SHA-256 of all training tokens and targets: a resumed run must see the same."""
     counts: dict[str, Any]
     """For the log: `train` and `validation`, a list with the counts of each source; `train_examples`,
     `examples_per_epoch` and `validation_examples`."""
@@ -70,7 +73,14 @@ def prepare(
         "examples_per_epoch": len(mixture),
         "validation_examples": 0 if validation is None else len(validation.indices),
     }
-    return PreparedData(table, mixture, validation, counts)
+    return PreparedData(table, mixture, validation, _digest(table), counts)
+
+
+def _digest(table: TokenTable) -> str:
+    digest = hashlib.sha256()
+    for array in (table.tokens, table.flags, table.offsets):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _tokenize_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,25 +58,38 @@ def evaluate(
     # Missing data of the generated answers is to be told now, not after hours of the other tasks.
     task_keys(generated, settings, fingerprint)
     scores = finished(results, label, keys)
-    pending = [task for task in keys if task not in scores]
+    pending = {task: key for task, key in keys.items() if task not in scores}
     if pending:
-        with quiet_harness():
-            built = {
-                task: definitions.build_task(task, settings.data, settings.limit, tasks_folder) for task in pending
-            }
-            with evaluation_mode(model), task_progress(len(pending)) as start:
-                for task, (harness_task, metric) in built.items():
-                    begin = time.perf_counter()
-                    samples = _answers(model, tokenizer, task, harness_task, settings, start)
-                    seconds = round(time.perf_counter() - begin, 3)
-                    score = TaskScore(metric=metric, samples=samples, key=keys[task], seconds=seconds)
-                    record(results, label, task, score)
-                    logger.info("%s: acc %.4f, acc_norm %.4f", task, score.mean("acc"), score.mean("acc_norm"))
-                    scores[task] = score
+        scores |= _score_pending(model, tokenizer, settings, results, label, pending, tasks_folder)
     if generated:
         only = settings.model_copy(update={"tasks": generated})
         scores |= evaluate_llm_adapters(model, tokenizer, only, results, label, fingerprint)
     return {task: scores[task] for task in wanted}
+
+
+def _score_pending(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationRecipe,
+    results: Path,
+    label: str,
+    keys: Mapping[str, Key],
+    folder: Path | None,
+) -> dict[str, TaskScore]:
+    """Score the tasks of `keys`, keeping each in the results file as soon as it is done."""
+    scores = {}
+    with quiet_harness():
+        built = {task: definitions.build_task(task, settings.data, settings.limit, folder) for task in keys}
+        with evaluation_mode(model), task_progress(len(keys)) as start:
+            for task, (harness_task, metric) in built.items():
+                begin = time.perf_counter()
+                samples = _answers(model, tokenizer, task, harness_task, settings, start)
+                seconds = round(time.perf_counter() - begin, 3)
+                score = TaskScore(metric=metric, samples=samples, key=keys[task], seconds=seconds)
+                record(results, label, task, score)
+                logger.info("%s: acc %.4f, acc_norm %.4f", task, score.mean("acc"), score.mean("acc_norm"))
+                scores[task] = score
+    return scores
 
 
 def _key(task: str, settings: EvaluationRecipe, fingerprint: str, folder: Path | None) -> Key:

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from metatt_scale.adapter import ChainAdapter
-from metatt_scale.files import new_folder, sha256, write_json
+from metatt_scale.files import new_folder, save_tensors, sha256, write_json
 from metatt_scale.recipe import Recipe
 
 _MARKER, _STATE, _TENSORS = "COMPLETE", "state.json", "state.safetensors"
@@ -61,12 +61,18 @@ class Snapshot:
     moments: list[dict[str, Tensor]]
     """AdamW's state per core; empty before the first step."""
     best_cores: list[Tensor] = field(default_factory=list)
+    data: str = ""
+    """Digest of the training tokens."""
     ranks: int = 1
     threads: int = 1
 
 
 def take_snapshot(
-    adapter: ChainAdapter, optimizer: torch.optim.Optimizer, progress: Progress, best_cores: Sequence[Tensor]
+    adapter: ChainAdapter,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    best_cores: Sequence[Tensor],
+    data: str,
 ) -> Snapshot:
     """Collect what `save` writes."""
     return Snapshot(
@@ -74,6 +80,7 @@ def take_snapshot(
         cores=[core.detach() for core in adapter.cores],
         moments=[optimizer.state.get(core, {}) for core in adapter.cores],
         best_cores=list(best_cores),
+        data=data,
         threads=torch.get_num_threads(),
     )
 
@@ -90,18 +97,22 @@ def restore(snapshot: Snapshot, adapter: ChainAdapter, optimizer: torch.optim.Op
 
 
 def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
-    """Write `step-N` below `root` and remove all but the newest `keep`."""
+    """Write `step-N` below `root` and remove all but the newest `keep` that are whole.
+
+    Later steps are there only where they were passed over as damaged; they go too.
+    """
     folder = root / f"step-{snapshot.progress.step:06d}"
     tensors = {f"core_{k}": core for k, core in enumerate(snapshot.cores)}
     tensors |= {f"best_{k}": core for k, core in enumerate(snapshot.best_cores)}
     for k, moments in enumerate(snapshot.moments):
         tensors |= {f"adam_{k}_{name}": value for name, value in moments.items()}
     with new_folder(folder, replace=True) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary / _TENSORS)
+        save_tensors(temporary / _TENSORS, {name: value.cpu().contiguous() for name, value in tensors.items()})
         write_json(
             temporary / _STATE,
             {
                 "progress": asdict(snapshot.progress),
+                "data": snapshot.data,
                 "ranks": snapshot.ranks,
                 "threads": snapshot.threads,
                 "torch": torch.__version__,
@@ -109,8 +120,11 @@ def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
             },
         )
         write_json(temporary / _MARKER, {name: sha256(temporary / name) for name in (_STATE, _TENSORS)})
-    for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+    found = list_checkpoints(root)
+    whole = [path for path in found[: found.index(folder) + 1] if _is_whole(path)]
+    for old in found:
+        if old not in whole[-keep:]:
+            shutil.rmtree(old)
     for leftover in root.glob(".step-*"):  # a run killed while writing
         shutil.rmtree(leftover, ignore_errors=True)
     return folder
@@ -157,6 +171,7 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
         cores=cores,
         moments=moments,
         best_cores=best,
+        data=state.get("data", ""),
         ranks=state.get("ranks", 1),
         threads=state.get("threads", 1),
     )
@@ -181,6 +196,14 @@ def newest_valid(
         except DamagedCheckpointError as error:
             refused.append(str(error))
     return None, None, refused
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _verified_state(folder)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 def _verified_state(folder: Path) -> dict[str, Any]:

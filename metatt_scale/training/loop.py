@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import signal
 import threading
 import time
@@ -75,7 +77,7 @@ class Trainer:
         try:
             while not self.progress.finished:
                 report = self._step()
-                self._between_steps(report)
+                self._evaluate_if_due(report)
                 elapsed = time.perf_counter() - started
                 done = self.progress.step - first_step
                 bar.update(
@@ -84,7 +86,7 @@ class Trainer:
                 if self.progress.step % self.recipe.logging.every == 0 or "eval_loss" in report:
                     metrics.write(self.progress.step, report)
                     trackers.log(self.progress.step, report)
-                self._maybe_stop()
+                self._save_if_due()  # after the metrics: a run killed between the two writes this step's line again
         finally:
             restore_signals()
             bar.close()
@@ -100,7 +102,7 @@ class Trainer:
         loss_sum, length = self._accumulate(indices, tokens, step)
         gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
         norm = gradient_norm(gradients)
-        loss, grad_norm = (float(v) for v in torch.stack([loss_sum.double() / tokens, norm.double()]))
+        loss, grad_norm = (float(v) for v in torch.stack([loss_sum / tokens, norm.double()]))
         rate = learning_rate(training, step, self.total_steps)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
@@ -127,8 +129,8 @@ class Trainer:
         """Run all micro-batches of a global batch; return the summed loss and the tokens sent through the model."""
         self.model.train()
         # Dropout is a pure function of (seed, step), so a resumed run draws the same masks.
-        torch.manual_seed((self.recipe.seed << 32) + step)
-        loss_sum, length = torch.zeros((), device=self.device), 0
+        torch.manual_seed(dropout_seed(self.recipe.seed, step))
+        loss_sum, length = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in micro_batches(
             self.data.table,
             indices,
@@ -155,21 +157,28 @@ class Trainer:
             progress.skipped_in_a_row += 1
         progress.finished = progress.step >= self.total_steps
 
-    def _between_steps(self, report: dict[str, Any]) -> None:
-        """Evaluate and save where the recipe says so; the report gets the evaluation's numbers."""
-        training, progress = self.recipe.training, self.progress
-        if progress.skipped_in_a_row >= training.max_nonfinite_steps:
+    def _evaluate_if_due(self, report: dict[str, Any]) -> None:
+        """Evaluate where the recipe says so; the report gets the loss (None where it is not finite)."""
+        if self._due(self.recipe.training.eval_every) and self.data.validation is not None:
+            loss = self.evaluation_loss()
+            self._judge(loss)
+            report["eval_loss"] = loss if math.isfinite(loss) else None
+
+    def _save_if_due(self) -> None:
+        """Save where the recipe says so, and before a stop: by a signal, or because no step succeeds any more."""
+        training, progress, number = self.recipe.training, self.progress, self.stop_signal
+        hopeless = progress.skipped_in_a_row >= training.max_nonfinite_steps
+        stopped = number is not None and not progress.finished
+        if hopeless or stopped or progress.finished or self._due(training.save_every):
             self._save()
+        if hopeless:
             raise ValueError(
                 f"stopped at step {progress.step}: loss or gradient was not finite {progress.skipped_in_a_row} times "
                 f"in a row (training.max_nonfinite_steps); the last good cores are in {self.folder}/checkpoints; "
                 "lower training.learning_rate or adapter.alpha, or look at the records of these steps"
             )
-        if self._due(training.eval_every) and self.data.validation is not None:
-            report["eval_loss"] = self.evaluation_loss()
-            self._judge(report["eval_loss"])
-        if self._due(training.save_every) or progress.finished:
-            self._save()
+        if number is not None and stopped:
+            raise TrainingStopped(number, progress.step)
 
     def _due(self, every: int | str) -> bool:
         if every == "never":
@@ -182,7 +191,7 @@ class Trainer:
     def _judge(self, loss: float) -> None:
         """Remember the best cores, and stop early where the recipe says so."""
         progress, patience = self.progress, self.recipe.training.early_stopping_patience
-        if progress.best_loss is None or loss < progress.best_loss:
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
             progress.evaluations_without_gain = 0
             self.best_cores = [core.detach().clone() for core in self.adapter.cores]
@@ -211,7 +220,9 @@ class Trainer:
         return float(total) / target_count(table, indices)
 
     def _save(self) -> None:
-        snapshot = checkpoint.take_snapshot(self.adapter, self.optimizer, self.progress, self.best_cores)
+        snapshot = checkpoint.take_snapshot(
+            self.adapter, self.optimizer, self.progress, self.best_cores, self.data.digest
+        )
         keep = self.recipe.training.keep_checkpoints
         checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe, keep)
 
@@ -226,7 +237,8 @@ class Trainer:
             if self.stop_signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            self.console.print(f"{signal.Signals(number).name}: finishing this step, then saving", highlight=False)
+            # Not through the console: a handler may interrupt a half-finished print, and Python refuses to nest them.
+            os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 
         before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -236,10 +248,10 @@ class Trainer:
 
         return restore
 
-    def _maybe_stop(self) -> None:
-        if self.stop_signal is not None and not self.progress.finished:
-            self._save()
-            raise TrainingStopped(self.stop_signal, self.progress.step)
+
+def dropout_seed(seed: int, step: int) -> int:
+    """Return 32 well-mixed bits of (seed, step): torch's CPU generator ignores the upper half of a 64-bit seed."""
+    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step}".encode()).digest()[:4], "little")
 
 
 def _shown(report: dict[str, Any]) -> dict[str, str]:
@@ -252,5 +264,5 @@ def _shown(report: dict[str, Any]) -> dict[str, str]:
         "mem": f"{report['memory_gib']:.1f}G",
     }
     if "eval_loss" in report:
-        shown["eval"] = f"{report['eval_loss']:.4f}"
+        shown["eval"] = "not finite" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}"
     return shown

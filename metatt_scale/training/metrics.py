@@ -45,6 +45,24 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short
 
 
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse trackers whose packages are missing, before anything is loaded or written.
+
+    Raises:
+        ValueError: one is not installed.
+    """
+    if not recipe.logging.trackers:
+        return
+    from accelerate.tracking import filter_trackers
+
+    missing = [name for name in recipe.logging.trackers if not filter_trackers([name], recipe.output_dir)]
+    if missing:
+        raise ValueError(
+            f"logging.trackers names {', '.join(missing)}, but that package is not installed; "
+            "run `pip install metatt-scale[trackers]` or remove it from the list"
+        )
+
+
 class Trackers:
     """Experiment trackers of accelerate (TensorBoard, Weights & Biases, MLflow, trackio), if the recipe names any."""
 
@@ -52,13 +70,7 @@ class Trackers:
         self._accelerator = None
         if recipe.logging.trackers:
             from accelerate import Accelerator
-            from accelerate.tracking import filter_trackers
 
-            if len(filter_trackers(list(recipe.logging.trackers), recipe.output_dir)) < len(recipe.logging.trackers):
-                raise ValueError(
-                    f"logging.trackers is {list(recipe.logging.trackers)}, but not all of these packages are "
-                    "installed; run `pip install metatt-scale[trackers]` or remove the missing one"
-                )
             self._accelerator = Accelerator(log_with=list(recipe.logging.trackers), project_dir=recipe.output_dir)
             self._accelerator.init_trackers(recipe.logging.project, config=_flat(recipe.model_dump(mode="json")))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,9 @@ from metatt_scale.data import prepare
 from metatt_scale.files import new_folder, write_text
 from metatt_scale.recipe import Recipe, dump_recipe
 from metatt_scale.training import checkpoint
+from metatt_scale.training.checks import check_launch, check_trainable, check_writable, only_run
 from metatt_scale.training.loop import Trainer
+from metatt_scale.training.metrics import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,17 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         ValueError: anything the user can mend, in one message.
         TrainingStopped: a signal arrived and the state is saved.
     """
-    quiet_libraries()
     folder = Path(recipe.output_dir)
+    check_launch()
+    check_writable(folder)
+    check_trackers(recipe)
     device = pick_device()
     tokenizer = load_tokenizer(recipe.backbone)
     data = prepare(recipe.data, tokenizer, recipe.seed)  # type: ignore[arg-type]
     _report_data(data.counts, console)
     with console.status("loading the backbone"):
         model = load_backbone(recipe.backbone, device, recipe.seed)
+    check_trainable(model, data)
     adapter = inject(model, recipe.adapter, recipe.seed)
     _report_adapter(adapter, model, console)
     trainer = Trainer(
@@ -59,14 +62,15 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         folder=folder,
         console=console,
     )
-    _resume(trainer, console)
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    trainer.train()
-    if recipe.training.keep == "best" and trainer.best_cores:
-        adapter.set_cores(trainer.best_cores)
-    with new_folder(folder / "adapter", replace=True) as temporary:
-        save_adapter(temporary, adapter, describe(recipe, trainer))
-    console.print(f"adapter: {folder / 'adapter'}", highlight=False)
+    with only_run(folder):
+        _resume(trainer, console)
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        trainer.train()
+        if recipe.training.keep == "best" and trainer.best_cores:
+            adapter.set_cores(trainer.best_cores)
+        with new_folder(folder / "adapter", replace=True) as temporary:
+            save_adapter(temporary, adapter, describe(recipe, trainer))
+    console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
     return TrainedRun(model=model, tokenizer=tokenizer, adapter=adapter, folder=folder)
 
 
@@ -81,7 +85,7 @@ def _resume(trainer: Trainer, console: Console) -> None:
         )
     path, snapshot, damaged = checkpoint.newest_valid(root, recipe, trainer.adapter.spec.shapes)
     for message in damaged:
-        console.print(f"passed over a damaged checkpoint: {message}", style="yellow", highlight=False)
+        console.print(f"passed over a damaged checkpoint: {message}", style="yellow", highlight=False, soft_wrap=True)
     if snapshot is None:
         if damaged:
             raise ValueError(
@@ -89,6 +93,11 @@ def _resume(trainer: Trainer, console: Console) -> None:
                 "Choose another output_dir to start afresh"
             )
         return
+    if snapshot.data != trainer.data.digest:
+        raise ValueError(
+            f"{path}: the training records are not those it was made with, though the recipe is; use another "
+            "output_dir, or bring back the data"
+        )
     here = (1, torch.get_num_threads())
     if (snapshot.ranks, snapshot.threads) != here:
         message = (
@@ -97,21 +106,21 @@ def _resume(trainer: Trainer, console: Console) -> None:
         )
         if recipe.training.resume == "exact":
             raise ValueError(f"{message} (training.resume is exact: set OMP_NUM_THREADS={snapshot.threads})")
-        console.print(message, style="yellow", highlight=False)
+        console.print(message, style="yellow", highlight=False, soft_wrap=True)
     checkpoint.restore(snapshot, trainer.adapter, trainer.optimizer)
     trainer.progress = snapshot.progress
     trainer.best_cores = [core.to(trainer.device) for core in snapshot.best_cores]
-    console.print(f"resuming after step {snapshot.progress.step} from {path}", highlight=False)
+    console.print(f"resuming after step {snapshot.progress.step} from {path}", highlight=False, soft_wrap=True)
 
 
 def describe(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     """Return what the adapter folder says about its origin."""
     progress = trainer.progress
-    step = progress.best_step if recipe.training.keep == "best" else progress.step
+    best = recipe.training.keep == "best" and progress.best_step is not None
     return {
         "base_model": recipe.backbone.path,
         "kind": recipe.adapter.kind,
-        "step": step,
+        "step": progress.best_step if best else progress.step,
         "best_loss": progress.best_loss,
         "target_tokens": progress.target_tokens,
         "records": [source.path for source in recipe.data.train],
@@ -129,7 +138,8 @@ def _report_data(counts: dict[str, Any], console: Console) -> None:
     for source in (*counts["train"], *counts["validation"]):
         bad = f", {source['skipped']} bad records skipped" if source.get("skipped") else ""
         cut = f", {source['truncated']} cut at the cutoff length" if source.get("truncated") else ""
-        console.print(f"data: {source['path']}: {source['examples']} examples{bad}{cut}", highlight=False)
+        text = f"data: {source['path']}: {source['examples']} examples{bad}{cut}"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _report_adapter(adapter: ChainAdapter, model: PreTrainedModel, console: Console) -> None:
@@ -139,19 +149,10 @@ def _report_adapter(adapter: ChainAdapter, model: PreTrainedModel, console: Cons
         f"training {spec.n_parameters:,} parameters (chain {sizes}; ranks {', '.join(map(str, spec.ranks))}) behind "
         f"{len(adapter.targets)} frozen linears; LoRA r=8 on the same would train {lora_parameters(adapter, 8):,}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
 def lora_parameters(adapter: ChainAdapter, rank: int) -> int:
     """Return what LoRA of this rank would train on the same modules: sum of r (d_in + d_out)."""
     return sum(rank * (target.d_in + target.d_out) for target in adapter.targets)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' chatter out of the progress; their errors still show."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")

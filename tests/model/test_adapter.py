@@ -68,7 +68,7 @@ def compare(name, recipe, *, seed=1):
     adapter = inject(adapted, recipe, seed=0).double()
     randomise(adapter, seed)
     ids = tokens()
-    direction = torch.randn(ids.shape + (97,), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    direction = torch.randn((*ids.shape, 97), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
     logits = adapted(ids).logits
     (logits * direction).sum().backward()

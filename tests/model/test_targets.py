@@ -64,5 +64,5 @@ def test_second_adapter_and_nonzero_start_are_refused():
     with pytest.raises(ValueError, match="allow_nonzero_start"):
         inject(model, AdapterRecipe(init="no-no-no-id"), seed=0)
     inject(model, AdapterRecipe(init="no-ze-no-id"), seed=0)
-    with pytest.raises(ValueError, match="matches no module|adapted already|which is not a linear"):
+    with pytest.raises(ValueError, match="which is not a linear"):
         inject(model, AdapterRecipe(), seed=0)

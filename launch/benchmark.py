@@ -1,0 +1,11 @@
+"""Run `metatt-scale benchmark` from a checkout, under python, torchrun, accelerate launch or deepspeed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from metatt_scale.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

@@ -1,0 +1,26 @@
+"""The frozen model: where it comes from, how it is stored, how it computes."""
+
+from metatt_scale.backbone.loading import (
+    enable_checkpointing,
+    load_backbone,
+    load_skeleton,
+    pick_attention,
+    pick_device,
+)
+from metatt_scale.backbone.quantised import quantise, quantised_linear
+from metatt_scale.backbone.source import Source, resolve
+from metatt_scale.backbone.tokenizer import byte_tokenizer, load_tokenizer
+
+__all__ = [
+    "Source",
+    "byte_tokenizer",
+    "enable_checkpointing",
+    "load_backbone",
+    "load_skeleton",
+    "load_tokenizer",
+    "pick_attention",
+    "pick_device",
+    "quantise",
+    "quantised_linear",
+    "resolve",
+]

@@ -1,0 +1,213 @@
+"""From a recipe to a frozen model, or to its module tree without weights.
+
+`load_backbone` gives a model whose linear layers are Linear, bitsandbytes Linear4bit or Linear8bitLt, or GPT-2's
+Conv1D, on one device, with nothing that asks for a gradient. `load_skeleton` gives the same module tree
+without any weights, for counting.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+
+from metatt_scale.backbone.quantised import quantise
+from metatt_scale.backbone.source import Source, first_line, resolve, why_not
+from metatt_scale.recipe import BackboneRecipe
+from metatt_scale.recipe.architectures import architecture_file
+
+_ENCODERS = ("bert", "roberta")
+# Absent or unreadable files, settings of another type than the configuration's class wants, damaged weights.
+_LOADING_ERRORS = (OSError, ValueError, ImportError, StrictDataclassError, SafetensorError)
+
+
+def pick_device() -> torch.device:
+    """Return this process's accelerator, or the CPU (also where ACCELERATE_USE_CPU asks for it)."""
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def load_backbone(recipe: BackboneRecipe, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """Load, quantise and freeze the model of a recipe.
+
+    Raises:
+        ValueError: nothing loadable at `backbone.path`, or an option this machine cannot serve.
+    """
+    source = resolve(recipe.path)
+    attention = pick_attention(recipe.attention, device, recipe.dtype)
+    options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype), "attn_implementation": attention}
+    if source.kind == "random":
+        torch.manual_seed(seed)
+        model = _build(_random_config(source), **options)
+    else:
+        model = _load_weights(recipe, source, options)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if recipe.quantization != "none":
+        quantise(model, recipe, device)
+    model.to(device)  # type: ignore[arg-type]
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.eval()
+    return model
+
+
+def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
+    """Return the model's module tree on the meta device: shapes without weights, no download where a config ships.
+
+    Raises:
+        ValueError: no configuration can be found.
+    """
+    shipped = architecture_file(recipe.path)  # also by hub id: planning needs no network
+    source = Source(kind="random", location=str(shipped)) if shipped else resolve(recipe.path)
+    if source.kind == "random":
+        config = _random_config(source)
+    else:
+        try:
+            config = _read_config(recipe, source)
+        except _LOADING_ERRORS as error:
+            raise ValueError(why_not(recipe.path, source, error)) from None
+    with torch.device("meta"):
+        return _build(config, trust_remote_code=recipe.trust_remote_code)
+
+
+def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any]) -> PreTrainedModel:
+    path = recipe.path
+    auto: Any = AutoModelForCausalLM
+    # Told to go on, transformers lists what does not fit, and `_check_complete` refuses it by name.
+    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        if source.kind == "gguf":
+            options |= _gguf_options(source)
+        else:
+            options |= {"use_safetensors": True, "trust_remote_code": recipe.trust_remote_code}
+            if recipe.revision:
+                options["revision"] = recipe.revision
+            config = _read_config(recipe, source)
+            if getattr(config, "quantization_config", None) is not None:
+                raise _Unfit(
+                    "its weights are quantised already; give the unquantised model, which backbone.quantization packs"
+                )
+            auto = _model_class(config)
+        model, report = auto.from_pretrained(source.location, **options)
+        _check_complete(model, report)
+    except _Unfit as error:
+        raise ValueError(f"backbone.path {path!r}: {error}") from None
+    except _LOADING_ERRORS as error:
+        raise ValueError(why_not(path, source, error)) from None
+    if source.kind == "gguf":
+        _clear_quantisation_mark(model)
+    return model
+
+
+class _Unfit(Exception):
+    """A model that loads but is not what training needs."""
+
+
+def _check_complete(model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuse weights that transformers would fill with random numbers; only an encoder's head may be absent."""
+    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if model.config.model_type in _ENCODERS:
+        absent = {name for name in absent if name.startswith(model.base_model_prefix + ".")}
+    if absent:
+        shown = ", ".join(sorted(absent)[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise _Unfit(
+            f"the files lack {shown} (or have it in another shape than config.json says), and random numbers would "
+            "take its place; fetch or save the model again"
+        )
+
+
+def _gguf_options(source: Source) -> dict[str, Any]:
+    import transformers
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading a GGUF file needs the package gguf; run `pip install gguf`")
+    options: dict[str, Any] = {"gguf_file": source.gguf_file}
+    config = getattr(transformers, "GgufConfig", None)
+    if config is not None:  # newer versions keep GGUF blocks packed unless told otherwise
+        options["quantization_config"] = config(dequantize=True)
+    return options
+
+
+def _clear_quantisation_mark(model: PreTrainedModel) -> None:
+    """A dequantised GGUF model is an ordinary one, but stays marked as quantised."""
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False  # type: ignore[attr-defined]
+
+
+def _read_config(recipe: BackboneRecipe, source: Source) -> PreTrainedConfig:
+    if source.kind == "gguf":
+        return AutoConfig.from_pretrained(source.location, gguf_file=_gguf_options(source)["gguf_file"])
+    options: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
+    return AutoConfig.from_pretrained(source.location, trust_remote_code=recipe.trust_remote_code, **options)
+
+
+def _random_config(source: Source) -> PreTrainedConfig:
+    location = Path(source.location)
+    file = location / "config.json" if location.is_dir() else location
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(data.pop("model_type"), **data)
+    except KeyError:
+        raise ValueError(f"{file}: not a transformers config JSON, it has no model_type") from None
+    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: not a transformers config JSON ({first_line(error)})") from None
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForMaskedLM if config.model_type in _ENCODERS else AutoModelForCausalLM
+
+
+def _build(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    auto = _model_class(config)
+    try:
+        return auto.from_config(config, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):  # what follows is a list of every class there is
+            raise ValueError(
+                f"backbone: {config.model_type} is no language model ({auto.__name__} has none)"
+            ) from None
+        raise ValueError(f"backbone: no {config.model_type} can be built ({first_line(error)})") from None
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: str) -> str:
+    """Return the attention implementation: `auto` is flash-attn where it is installed and the device has it.
+
+    Raises:
+        ValueError: flash-attn asked for where it cannot run.
+    """
+    possible = (
+        device.type == "cuda"
+        and dtype != "float32"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and importlib.util.find_spec("flash_attn") is not None
+    )
+    if wanted == "auto":
+        return "flash_attention_2" if possible else "sdpa"
+    if wanted == "flash_attention_2" and not possible:
+        raise ValueError(
+            "backbone.attention is flash_attention_2, which needs the package flash-attn, a CUDA device of compute "
+            "capability 8.0 or more and a 16-bit dtype; use `auto` or `sdpa`"
+        )
+    return wanted
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute every layer in the backward pass, non-reentrant (the reentrant kind loses hooks and gradients)."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)

@@ -1,0 +1,81 @@
+"""What is refused before the long work starts, and not after it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from torch import nn
+from transformers import PreTrainedModel
+
+from metatt_scale.data import PreparedData
+
+
+def check_launch() -> None:
+    """Refuse several processes: each would train a model of its own."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ValueError(
+            f"started as one of {world} processes (WORLD_SIZE), but this version trains in one; start it with "
+            "python, or with accelerate launch --num_processes 1"
+        )
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Hold the run directory, so that two runs never write into it at once; a killed run lets go by itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another run is writing there; wait for it, or choose another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made, before the long work and not after it."""
+    for wanted in (folder / "checkpoints", folder / "adapter"):
+        there = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is a folder that may not be written to" if there.is_dir() else "is a file"
+            raise ValueError(f"output_dir {str(folder)!r}: {there} {why}; choose another output_dir")
+
+
+def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
+    """Refuse a model that is not causal, and records that its embeddings have no rows for."""
+    name = type(model).__name__
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"backbone.path: {name} is not a causal language model that this toolkit can train")
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    tables = [data.table] if data.validation is None else [data.table, data.validation.table]
+    largest = max(int(table.tokens.max()) for table in tables)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, but {name} has embeddings for {rows} tokens only; the tokenizer "
+            "beside backbone.path belongs to another model"
+        )
+    longest, positions = max(int(table.lengths.max()) for table in tables), _learned_positions(model)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"the longest record has {longest} tokens, but {name} has learned {positions} positions; set "
+            f"data.cutoff_length to {positions} or less"
+        )
+
+
+def _learned_positions(model: PreTrainedModel) -> int | None:
+    """Return for how many positions a model has embeddings; None where it computes them (rotary)."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"wpe$|position", path):
+            return model.config.get_text_config().max_position_embeddings
+    return None

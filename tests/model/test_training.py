@@ -1,0 +1,413 @@
+"""The loss, the optimizer step, and the life of a run in one process."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metatt_scale.backbone import byte_tokenizer
+from metatt_scale.data import IGNORE, micro_batches, prepare
+from metatt_scale.recipe import RecipeError, TrainingRecipe
+from metatt_scale.reopen import reopen
+from metatt_scale.training import checkpoint, loop, lora_parameters, train
+from metatt_scale.training.loss import token_loss_sum
+from metatt_scale.training.optimizer import clip, gradient_norm, learning_rate
+from tests.tiny import FLOAT32, FLOAT64, MODELS, randomise, tiny_model
+from tests.toy import CPU, GPT2, LLAMA, make_trainer, metrics, quiet, said, toy_recipe, write_toy
+
+CAUSAL = [name for name in MODELS if name not in ("bert", "roberta")]
+
+
+def toy_batch(tmp_path, n=16):
+    """One micro-batch of n additions with padding."""
+    data = prepare(toy_recipe(tmp_path).data, byte_tokenizer(), 0)
+    order = data.train.epoch_order(0, 0)[:n]
+    settings = {"micro_batch_size": n, "rank": 0, "world_size": 1, "pad_token_id": 0}
+    (batch,) = micro_batches(data.table, order, **settings)
+    assert 0 in batch.attention_mask_BS, "without padding this batch would prove nothing"
+    return batch
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_loss_is_that_of_transformers_and_needs_no_padding_mask(name, tmp_path):
+    model = tiny_model(name, dtype=torch.float64, vocab_size=300).eval()
+    batch = toy_batch(tmp_path)
+    labels = batch.labels_BS.clone()
+    loss = token_loss_sum(model, batch, CPU)
+    assert torch.equal(labels, batch.labels_BS)
+    n_targets = int((labels[:, 1:] != IGNORE).sum())
+    assert loss.dtype == torch.float64 and n_targets > 16
+    theirs = model(input_ids=batch.input_ids_BS, labels=labels).loss
+    masked = model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS).logits
+    ours_masked = F.cross_entropy(masked[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    # transformers computes its loss in fp32 whatever the logits are.
+    assert loss.item() == pytest.approx(theirs.item() * n_targets, rel=FLOAT32)
+    assert loss.item() == pytest.approx(ours_masked.item(), rel=FLOAT64)
+
+
+def test_a_batch_without_targets_adds_nothing(tmp_path):
+    model = tiny_model("llama", vocab_size=300)
+    batch = toy_batch(tmp_path)
+    batch = batch._replace(labels_BS=torch.full_like(batch.labels_BS, IGNORE))
+    assert token_loss_sum(model, batch, CPU).item() == 0
+
+
+def test_low_precision_logits_are_summed_in_fp32(tmp_path):
+    model = tiny_model("llama", dtype=torch.bfloat16, vocab_size=300)
+    assert token_loss_sum(model, toy_batch(tmp_path), CPU).dtype == torch.float32
+
+
+# ---- one optimizer step
+
+
+def test_loss_and_gradients_do_not_depend_on_the_micro_batch_size(tmp_path):
+    found = []
+    for size in (1, 3, 16):
+        trainer = make_trainer(toy_recipe(tmp_path, training={"micro_batch_size": size}), torch.float64)
+        randomise(trainer.adapter)
+        _, indices = trainer.order.global_batch(0)
+        tokens = int(trainer.data.table.targets[indices].sum())
+        loss, length = trainer._accumulate(indices, tokens, step=0)
+        assert length == trainer.data.table.lengths[indices].sum()
+        found.append((loss / tokens, [core.grad for core in trainer.adapter.cores]))
+    (loss, gradients), *others = found
+    assert loss > 1 and all(gradient.norm() > 1e-6 for gradient in gradients)
+    for other_loss, other_gradients in others:
+        assert abs(other_loss - loss) < FLOAT64 * loss
+        for one, other in zip(gradients, other_gradients, strict=True):
+            assert (one - other).norm() < FLOAT64 * one.norm()
+
+
+def test_a_step_is_plain_adamw_on_the_clipped_gradient(tmp_path):
+    recipe = toy_recipe(tmp_path, training={"max_grad_norm": 0.01, "warmup_ratio": 0.0, "weight_decay": 0.1})
+    trainer = make_trainer(recipe, torch.float64)
+    randomise(trainer.adapter)
+    _, indices = trainer.order.global_batch(0)
+    tokens = int(trainer.data.table.targets[indices].sum())
+    trainer._accumulate(indices, tokens, 0)
+    before = [core.detach().clone() for core in trainer.adapter.cores]
+    gradients = [core.grad.clone() for core in trainer.adapter.cores]
+    trainer.optimizer.zero_grad()
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    report = trainer._step()
+    assert report["grad_norm"] == pytest.approx(norm, rel=FLOAT64) and norm > 0.01
+    for core, old, gradient in zip(trainer.adapter.cores, before, gradients, strict=True):
+        g = gradient * 0.01 / norm
+        # The first step of AdamW: both moments corrected for their bias are g and g^2.
+        expected = old * (1 - 1e-2 * 0.1) - 1e-2 * g / (g.abs() + 1e-8)
+        assert (core - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_clipping():
+    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert gradient_norm(gradients) == 5
+    clip(gradients, 5.0, 10.0)
+    clip(gradients, 5.0, 0.0)
+    assert gradient_norm(gradients) == 5, "neither below the bound nor with 0 is anything clipped"
+    clip(gradients, 5.0, 2.0)
+    assert gradient_norm(gradients) == pytest.approx(2) and gradients[0][0] == pytest.approx(1.2)
+
+
+def rates(schedule, total=100, warmup_ratio=0.1):
+    recipe = TrainingRecipe(schedule=schedule, learning_rate=2.0, warmup_ratio=warmup_ratio)
+    return [learning_rate(recipe, step, total) for step in range(total + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_learning_rate_is_that_of_transformers(schedule):
+    import transformers
+
+    names = {"constant": "constant_with_warmup"}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    steps: dict = {} if schedule == "constant" else {"num_training_steps": 100}
+    theirs = transformers.get_scheduler(names.get(schedule, schedule), optimizer, num_warmup_steps=10, **steps)
+    for ours in rates(schedule):
+        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        theirs.step()
+
+
+def test_learning_rate_endpoints():
+    assert rates("linear")[0] == 0 and rates("linear")[5] == 1.0 and rates("linear")[10] == 2.0
+    assert rates("linear")[55] == pytest.approx(1.0) and rates("linear")[100] == 0
+    assert rates("cosine")[55] == pytest.approx(1.0) and rates("cosine")[100] == pytest.approx(0, abs=1e-15)
+    assert rates("constant")[10] == rates("constant")[100] == 2.0
+    assert rates("linear", warmup_ratio=0.0)[0] == 2.0
+    assert rates("linear", total=7, warmup_ratio=0.1)[1] == 2.0, "ceil(0.7) = 1 step of warm-up"
+
+
+def test_only_the_cores_train_and_their_count_is_printed(tmp_path):
+    console = quiet()
+    run = train(toy_recipe(tmp_path), console)
+    cores = list(run.adapter.parameters())
+    assert all(core.requires_grad and core.dtype == torch.float32 for core in cores)
+    assert [p for p in run.model.parameters() if p.requires_grad or p.grad is not None] == []
+    count = 32 * 4 + 3 * 4 * 4 + 2 * 4 * 4 + 4 * 32
+    assert sum(core.numel() for core in cores) == run.adapter.spec.n_parameters == count
+    lora = 3 * 8 * (32 + 32 + 32 + 16)
+    assert lora_parameters(run.adapter, 8) == lora
+    assert f"training {count} parameters" in said(console)
+    assert f"LoRA r=8 on the same would train {lora:,}" in said(console)
+
+
+# ---- steps that are not finite
+
+
+def spoil(monkeypatch, bad_steps, value=math.nan):
+    """Make the loss of the optimizer steps whose numbers are in `bad_steps` not finite."""
+    real, calls = token_loss_sum, []
+
+    def spoiled(model, batch, device):
+        if not model.training:
+            return real(model, batch, device)
+        calls.append(0)
+        return real(model, batch, device) * (value if len(calls) - 1 in bad_steps else 1.0)
+
+    monkeypatch.setattr(loop, "token_loss_sum", spoiled)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path, monkeypatch, value):
+    trainer = make_trainer(toy_recipe(tmp_path, training={"micro_batch_size": 16}))
+    spoil(monkeypatch, {2}, value)
+    for _ in range(2):
+        trainer._step()
+    cores = [core.detach().clone() for core in trainer.adapter.cores]
+    state = [{k: v.clone() for k, v in trainer.optimizer.state[core].items()} for core in trainer.adapter.cores]
+    tokens = trainer.progress.target_tokens
+    report = trainer._step()
+    assert (report["loss"], report["grad_norm"], report["skipped"]) == (None, None, 1)
+    assert all(torch.equal(a, b) for a, b in zip(cores, trainer.adapter.cores, strict=True))
+    assert all(core.grad is None for core in trainer.adapter.cores)
+    for core, before in zip(trainer.adapter.cores, state, strict=True):
+        assert all(torch.equal(before[name], value) for name, value in trainer.optimizer.state[core].items())
+    assert (trainer.progress.step, trainer.progress.target_tokens) == (3, tokens)
+    assert trainer._step()["loss"] is not None
+    assert (trainer.progress.skipped, trainer.progress.skipped_in_a_row) == (1, 0)
+    assert not torch.equal(cores[1], trainer.adapter.cores[1])
+
+
+def test_single_bad_steps_do_not_stop_a_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, {1, 3, 5, 7, 9})
+    settings = {"micro_batch_size": 16, "max_steps": 12, "max_nonfinite_steps": 2}
+    train(toy_recipe(tmp_path, training=settings), console := quiet())
+    assert metrics(tmp_path / "run")[-1]["skipped"] == 5
+    assert "not finite, skipped" in said(console)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_last_good_cores(tmp_path, monkeypatch):
+    settings = {"micro_batch_size": 16, "max_nonfinite_steps": 3, "max_steps": 20, "save_every": "never"}
+    recipe = toy_recipe(tmp_path, training=settings)
+    good = make_trainer(recipe)
+    for _ in range(4):
+        good._step()
+    spoil(monkeypatch, set(range(4, 20)))
+    with pytest.raises(ValueError, match=r"stopped at step 7: .* not finite 3 times in a row") as caught:
+        train(recipe, quiet())
+    assert "\n" not in str(caught.value) and "learning_rate" in str(caught.value)
+    (folder,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    saved = checkpoint.load(folder, recipe, good.adapter.spec.shapes)
+    assert (folder.name, saved.progress.skipped) == ("step-000007", 3)
+    assert all(torch.equal(a, b) for a, b in zip(saved.cores, good.adapter.cores, strict=True))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_evaluation_that_is_not_finite_is_no_gain(tmp_path, monkeypatch):
+    losses = iter([math.nan, 2.0, math.inf, 1.0])
+    monkeypatch.setattr(loop.Trainer, "evaluation_loss", lambda self: next(losses))
+    recipe = toy_recipe(tmp_path, training={"max_steps": 4, "eval_every": 1, "keep": "best"})
+    train(recipe, quiet())
+    assert [line["eval_loss"] for line in metrics(tmp_path / "run")] == [None, 2.0, None, 1.0]
+    _, saved, _ = checkpoint.newest_valid(
+        tmp_path / "run" / "checkpoints", recipe, make_trainer(recipe).adapter.spec.shapes
+    )
+    assert saved is not None and (saved.progress.best_loss, saved.progress.best_step) == (1.0, 4)
+
+
+# ---- evaluation, best cores, early stopping
+
+
+def test_evaluation_is_without_dropout_and_training_mode_comes_back(tmp_path):
+    write_toy(tmp_path, config={**GPT2, "attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5})
+    trainer = make_trainer(toy_recipe(tmp_path, adapter={"target_modules": ["c_attn"]}))
+    modes = []
+    trainer.model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    trainer._step()
+    before = len(modes)
+    losses = {trainer.evaluation_loss() for _ in range(3)}
+    assert len(losses) == 1 and all(modes[:before]) and not any(modes[before:])
+    assert all(module.training for module in trainer.model.modules())
+    trainer._step()
+    assert modes[-1] and all(core.grad is None for core in trainer.adapter.cores)
+
+
+def test_evaluation_loss_is_the_mean_over_all_target_tokens(tmp_path):
+    values = []
+    for size in (1, 5, 16):
+        trainer = make_trainer(toy_recipe(tmp_path, training={"micro_batch_size": size}), torch.float64)
+        randomise(trainer.adapter)
+        values.append(trainer.evaluation_loss())
+    assert trainer.data.validation is not None
+    table, indices = trainer.data.validation
+    total = 0.0
+    for index in indices:
+        ids, flags = (torch.from_numpy(array) for array in table.example(int(index)))
+        log_p = trainer.model(ids[None]).logits[0].detach().log_softmax(-1)
+        total -= float(log_p[:-1].gather(1, ids[1:, None])[flags[1:]].sum())
+    assert values == pytest.approx([total / int(table.targets[indices].sum())] * 3, rel=FLOAT64 * 10)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_keep_best_writes_the_cores_of_the_lowest_evaluation_loss(tmp_path, keep):
+    # Validation records whose answers contradict the training records: their loss falls (shorter than 300 ways to go
+    # on) and then rises.
+    write_toy(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"instruction": "1+2", "output": "~"}) + "\n")
+    data = {"validation_size": 0, "validation": [{"path": str(tmp_path / "other.jsonl")}]}
+    settings = {"max_steps": 30, "eval_every": 1, "keep": keep, "learning_rate": 0.1}
+    recipe = toy_recipe(tmp_path, training=settings, data=data)
+    train(recipe, quiet())
+    losses = [line["eval_loss"] for line in metrics(tmp_path / "run")]
+    assert min(losses) < losses[-1] - 1e-3, "the last cores must not be the best, or this test proves nothing"
+    opened = reopen(tmp_path / "run", quiet())
+    trainer = make_trainer(recipe)
+    trainer.adapter.set_cores(list(opened.adapter.cores))
+    wanted = min(losses) if keep == "best" else losses[-1]
+    assert trainer.evaluation_loss() == pytest.approx(wanted, rel=FLOAT32)
+    assert opened.description["best_loss"] == min(losses)
+    assert opened.description["step"] == (losses.index(min(losses)) + 1 if keep == "best" else 30)
+
+
+def test_early_stopping(tmp_path, monkeypatch):
+    losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 9.0, 9.0])
+    monkeypatch.setattr(loop.Trainer, "evaluation_loss", lambda self: next(losses))
+    settings = {"max_steps": 50, "eval_every": 2, "early_stopping_patience": 3, "save_every": "never"}
+    recipe = toy_recipe(tmp_path, training=settings)
+    train(recipe, quiet())
+    assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 14, "4 gains, then 3.5, 3.0, 9.0 are none"
+    train(recipe, again := quiet())  # a run that has stopped early is finished
+    assert "resuming after step 14" in said(again) and len(metrics(tmp_path / "run")) == 14
+
+
+# ---- dropout and learning
+
+
+def dropout_losses(tmp_path, seed, name):
+    config = {**GPT2, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    write_toy(tmp_path, config=config)
+    recipe = toy_recipe(tmp_path, output_dir=str(tmp_path / name), seed=seed, adapter={"target_modules": ["c_attn"]})
+    train(recipe, quiet())
+    return [line["loss"] for line in metrics(tmp_path / name)]
+
+
+def test_dropout_is_reproducible(tmp_path):
+    losses = dropout_losses(tmp_path, 1, "a")
+    torch.rand(7)  # the state of the global generator does not matter
+    assert dropout_losses(tmp_path, 1, "b") == losses
+    assert dropout_losses(tmp_path, 2, "c") != losses
+
+
+def test_dropout_depends_on_both_seed_and_step():
+    """On its own: torch's CPU generator reads 32 of 64 bits, and an other seed gives other batches anyway."""
+    draws = set()
+    for seed in (0, 1, 2, 2**32, 2**62):
+        for step in (0, 1, 2):
+            torch.manual_seed(loop.dropout_seed(seed, step))
+            draws.add(tuple(torch.rand(4).tolist()))
+    assert len(draws) == 15
+
+
+def test_the_largest_seed_of_a_recipe_trains(tmp_path):
+    train(toy_recipe(tmp_path, seed=2**63 - 1, training={"max_steps": 2}), quiet())
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("kind", ["metatt_4d", "metatt_5d"])
+def test_the_loss_goes_down(tmp_path, kind):
+    settings = {"max_steps": 60, "eval_every": 20, "warmup_ratio": 0.0, "save_every": "never"}
+    adapter = {
+        "kind": kind,
+        "rank": 8,
+        "target_modules": "all-linear" if kind == "metatt_4d" else ["q_proj", "v_proj"],
+    }
+    recipe = toy_recipe(tmp_path, training=settings, adapter=adapter)
+    before = make_trainer(recipe).evaluation_loss()
+    train(recipe, quiet())
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert lines[-1]["eval_loss"] < before - 0.5
+
+
+# ---- numbers that leave the run
+
+
+def test_metrics_have_their_keys(tmp_path):
+    train(toy_recipe(tmp_path, logging={"every": 2}), quiet())
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 3, 4, 6], "every second step, and those with an evaluation"
+    keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "ranks"}
+    assert all(line.keys() - {"eval_loss"} == keys | {"memory_gib", "skipped"} for line in lines)
+    assert [("eval_loss" in line) for line in lines] == [False, True, False, True]
+    assert all(line["ranks"] == [4, 4, 4] and line["memory_gib"] > 0 for line in lines)
+    assert [line["epoch"] for line in lines] == [0, 0, 0, 1]
+
+
+def test_tensorboard_gets_event_files(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(toy_recipe(tmp_path, logging={"every": 1, "trackers": ["tensorboard"]}), quiet())
+    written = (tmp_path / "run").rglob("events.out.tfevents.*")  # one of the scalars, one of the hyperparameters
+    found = next(f for f in (EventAccumulator(str(e)).Reload() for e in written) if "loss" in f.Tags()["scalars"])
+    losses = [event.value for event in found.Scalars("loss")]
+    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "filter_trackers", lambda names, folder: [n for n in names if n != "wandb"])
+    recipe = toy_recipe(tmp_path, logging={"trackers": ["tensorboard", "wandb"]})
+    with pytest.raises(ValueError, match=r"names wandb, but that package is not installed; run `pip install"):
+        train(recipe, quiet())
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what cannot be trained is refused with a reason
+
+
+def test_a_model_that_is_not_causal_is_refused(tmp_path):
+    config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    write_toy(tmp_path, config={**config, "intermediate_size": 48, "vocab_size": 300})
+    with pytest.raises(ValueError, match="BertForMaskedLM is not a causal language model"):
+        train(toy_recipe(tmp_path, adapter={"target_modules": ["query"]}), quiet())
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path):
+    write_toy(tmp_path, config={**LLAMA, "vocab_size": 20})
+    with pytest.raises(ValueError, match=r"gives token \d+, but LlamaForCausalLM has embeddings for 20 tokens only"):
+        train(toy_recipe(tmp_path), quiet())
+
+
+def test_records_longer_than_the_learned_positions_are_refused(tmp_path):
+    write_toy(tmp_path, config={**GPT2, "n_positions": 5})
+    recipe = toy_recipe(tmp_path, adapter={"target_modules": ["c_attn"]})
+    with pytest.raises(ValueError, match=r"has learned 5 positions; set data.cutoff_length to 5 or less"):
+        train(recipe, quiet())
+
+
+def test_validation_records_are_never_trained_on(tmp_path):
+    trainer = make_trainer(toy_recipe(tmp_path))
+    assert trainer.data.validation is not None
+    held_out = set(trainer.data.validation.indices.tolist())
+    seen = {int(i) for step in range(2 * trainer.order.steps_per_epoch) for i in trainer.order.global_batch(step)[1]}
+    assert len(held_out) == 16 and len(seen) == 64 and not seen & held_out
+
+
+def test_a_recipe_that_wants_the_best_without_validation_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="need validation records"):
+        toy_recipe(tmp_path, data={"validation_size": 0}, training={"keep": "best"})
