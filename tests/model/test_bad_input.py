@@ -546,18 +546,7 @@ def check(code, output, says):
     assert len(output) < 1200 and output.count("\n") <= 4, output
 
 
-KNOWN = {
-    "config with text for a number": "backbone: StrictDataclassFieldValidationError of huggingface_hub is not caught",
-    "config of a vision model": "backbone: the message quotes a Python class",
-    "tokenizer is garbage": "backbone: TypeError of transformers for a tokenizer.json that is no object",
-}
-"""Cases whose remedy is still to come."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name])) if name in KNOWN else name for name in CASES],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_one_message_and_nothing_changed(folder, capsys, name):
     make, says = CASES[name]
     arguments = make(folder)

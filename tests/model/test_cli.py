@@ -74,7 +74,7 @@ def test_train_says_what_it_did_and_what_comes_next(recipe, capsys):
     ):
         assert words in output.out
     assert "Traceback" not in output.err and "error" not in output.err
-    files = {"recipe.yaml", "metrics.jsonl", "checkpoints", "adapter"}
+    files = {"recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", ".lock"}
     assert set(os.listdir(folder)) == files
     assert set(os.listdir(folder / "adapter")) >= {"metatt.json", "metatt.safetensors"}
     resolved = load_recipe(folder / "recipe.yaml")

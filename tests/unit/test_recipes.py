@@ -103,7 +103,7 @@ def test_commonsense_recipes_keep_the_settings_of_the_paper(path: Path):
     assert (training.epochs, training.batch_size, training.max_steps) == (2, 32, None)
     assert (training.schedule, training.warmup_ratio, training.weight_decay) == ("linear", 0.06, 0.0)
     assert training.learning_rate in (1e-4, 2e-4, 5e-4) and adapter.alpha in (1.0, 2.0, 3.0)
-    assert (adapter.init, adapter.init_std) == ("ze-no-no-id", 0.2)
+    assert (adapter.init, adapter.init_std) == (None, 0.2)  # the default is the paper's ze-no-no-id
     assert (data.format, data.template, data.cutoff_length) == ("instruction", "llm_adapters", 256)
     assert (training.keep, data.validation_size) == ("best", 120)
     assert set(recipe.evaluation.tasks) == COMMONSENSE_TASKS
