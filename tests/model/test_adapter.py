@@ -92,14 +92,14 @@ def compare(name, recipe, *, seed=1):
 @pytest.mark.parametrize("kind", ["metatt_4d", "metatt_5d"])
 def test_forward_and_gradients_equal_the_dense_delta(name, which, kind):
     recipe = AdapterRecipe(kind=kind, rank=5, alpha=1.7, target_modules=tuple(MODELS[name][which]))
-    assert max(compare(name, recipe)) < FLOAT64 * 10  # three layers deep: an order of magnitude over one product
+    assert max(compare(name, recipe)) < FLOAT64
 
 
 @pytest.mark.parametrize("kind, order", [("metatt_4d", o) for o in ORDERS_4D] + [("metatt_5d", o) for o in ORDERS_5D])
 def test_every_order_of_modes(kind, order):
     ranks = (2, 3, 4) if kind == "metatt_4d" else (2, 3, 4, 5)
     recipe = AdapterRecipe(kind=kind, rank=ranks, target_modules=("q_proj", "k_proj", "down_proj"), mode_order=order)
-    assert max(compare("llama", recipe)) < FLOAT64 * 10
+    assert max(compare("llama", recipe)) < FLOAT64
 
 
 def test_input_between_head_and_output_is_refused():
@@ -200,7 +200,7 @@ def test_merge_and_unmerge(name):
     bits = {k: v.clone() for k, v in model.state_dict().items()}
     adapted = model(ids).logits.detach()
     merge(adapter)
-    assert (model(ids).logits - adapted).norm() < FLOAT64 * 10 * adapted.norm()
+    assert (model(ids).logits - adapted).norm() < FLOAT64 * adapted.norm()
     assert all(type(linear.merged_layer) is type(linear.base_layer) for linear in adapter.linears)
     unmerge(adapter)
     assert torch.equal(model(ids).logits, adapted)
