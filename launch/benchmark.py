@@ -1,4 +1,4 @@
-"""Run `metatt-scale benchmark` from a checkout, under python, torchrun, accelerate launch or deepspeed."""
+"""Run `metatt-scale benchmark` from a checkout, installed or not."""
 
 import sys
 from pathlib import Path

@@ -113,7 +113,9 @@ def _lora(
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ValueError("the benchmark compares with PEFT, which is not installed; run `pip install peft`") from None
-    paths = [target.path for target in find_targets(model, recipe.adapter.target_modules).targets]
+    paths = [
+        target.path for target in find_targets(model, recipe.adapter.target_modules, recipe.adapter.layers).targets
+    ]
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=paths))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
 

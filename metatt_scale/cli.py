@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
-    generate.add_argument("--zero-shot", action="store_true", help="use the frozen backbone alone")
+    generate.add_argument("--backbone-only", action="store_true", help="leave the adapter out")
     generate.set_defaults(run=_generate)
 
     benchmark = commands.add_parser("benchmark", help="time a step beside the frozen model's and PEFT LoRA's")
@@ -145,13 +145,26 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_or_adapter", metavar="RUN", help="run directory or adapter folder")
     parser.add_argument("--backbone", help="where the backbone is, if not where the run found it")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code of the backbone's repository"
+    )
+
+
+def _backbone(options: Namespace) -> dict[str, object]:
+    """Return the keys of the recipe's backbone section that the command line replaces."""
+    given: dict[str, object] = {"trust_remote_code": options.trust_remote_code}
+    return given if options.backbone is None else {**given, "path": options.backbone}
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(markup=False, stderr=stderr)  # paths may hold brackets
 
 
 def _train(options: Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     from metatt_scale.training import TrainingStopped, train
 
-    console = Console()
+    console = _console()
     try:
         run = train(recipe, console)
     except TrainingStopped as stop:
@@ -168,10 +181,12 @@ def _evaluate(options: Namespace) -> int:
     from metatt_scale.reopen import adapter_folder, read_recipe
     from metatt_scale.scoring import score_run
 
-    settings = _evaluation_settings(options, read_recipe(adapter_folder(options.run_or_adapter))[1].evaluation)
-    console = Console()
+    settings = _evaluation_settings(
+        options, read_recipe(adapter_folder(options.run_or_adapter), _backbone(options))[1].evaluation
+    )
+    console = _console()
     scores = score_run(
-        options.run_or_adapter, settings, console, backbone=options.backbone, zero_shot=options.zero_shot
+        options.run_or_adapter, settings, console, backbone=_backbone(options), zero_shot=options.zero_shot
     )
     console.print(score_table(scores))
     return 0
@@ -196,10 +211,10 @@ def _export(options: Namespace) -> int:
     export(
         options.run_or_adapter,
         options.to,
-        Console(),
+        _console(),
         out=options.out,
         merge_base=options.merge_base,
-        backbone=options.backbone,
+        backbone=_backbone(options),
         replace=options.replace,
     )
     return 0
@@ -223,21 +238,21 @@ def _generate(options: Namespace) -> int:
     from metatt_scale.evaluation.generate import generate
     from metatt_scale.reopen import reopen
 
-    opened = reopen(options.run_or_adapter, Console(stderr=True), backbone=options.backbone)
-    opened.adapter.enabled = not options.zero_shot
+    opened = reopen(options.run_or_adapter, _console(stderr=True), _backbone(options))
+    opened.adapter.enabled = not options.backbone_only
     print(generate(opened.model, opened.tokenizer, options.prompt, options.max_new_tokens, options.temperature))
     return 0
 
 
 def _benchmark(options: Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    for name in ("examples", "length", "repeats"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    for name, least in (("examples", 1), ("length", 2), ("repeats", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
     from metatt_scale.benchmark import measure_steps, timing_table
 
     timings = measure_steps(recipe, examples=options.examples, length=options.length, repeats=options.repeats)
-    Console().print(timing_table(timings, recipe))
+    _console().print(timing_table(timings, recipe))
     return 0
 
 
@@ -246,7 +261,7 @@ def _quickstart(options: Namespace) -> int:
     from metatt_scale.training import TrainingStopped
 
     try:
-        quickstart(Path(options.recipe), options.overrides, Console())
+        quickstart(Path(options.recipe), options.overrides, _console())
     except TrainingStopped as stop:
         print(str(stop), file=sys.stderr)
         return stop.exit_code

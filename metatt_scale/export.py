@@ -5,10 +5,13 @@ Each export is a whole folder with a model card, written beside and renamed into
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
@@ -18,8 +21,10 @@ from metatt_scale.adapter import merge, peft_config, peft_state, plain_linear, r
 from metatt_scale.adapter.saved import CONFIG, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
-from metatt_scale.reopen import Reopened, adapter_folder, read_recipe, reopen, run_folder
+from metatt_scale.recipe import Recipe
+from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder
 
+_MARKER = "metatt_export.json"
 FORMATS = ("lora", "merged", "metatt")
 
 
@@ -30,7 +35,7 @@ def export(
     *,
     out: str | Path | None = None,
     merge_base: str = "original",
-    backbone: str | None = None,
+    backbone: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> Path:
     """Write one export of a run or adapter folder and return its folder.
@@ -41,7 +46,7 @@ def export(
         console: progress.
         out: target folder; `RUN/exports/FORMAT` when absent.
         merge_base: merge onto the `original` weights, or onto the `dequantised` 4- or 8-bit ones trained against.
-        backbone: another place of the same backbone.
+        backbone: keys of the recipe's `backbone` section to replace, for example its `path` on this machine.
         replace: overwrite an existing export.
 
     Raises:
@@ -51,9 +56,11 @@ def export(
     if to not in FORMATS:
         raise ValueError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
     source = adapter_folder(path)
-    target = Path(out) if out is not None else run_folder(source) / "exports" / to
+    target = Path(out).expanduser() if out is not None else run_folder(source) / "exports" / to
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
+    if target.exists() and not (target / _MARKER).is_file():
+        raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
     description, recipe = read_recipe(source, backbone)
     with new_folder(target, replace=replace) as temporary:
         if to == "metatt":
@@ -62,17 +69,20 @@ def export(
         elif to == "lora":
             _write_lora(source, recipe.backbone.path, temporary)
         else:
-            quantization = "none" if merge_base == "original" else recipe.backbone.quantization
-            opened = reopen(path, console, backbone=backbone, quantization=quantization)
-            _write_merged(opened, temporary)
-        write_text(temporary / "README.md", model_card(source, description, to, merge_base))
+            plain = {"quantization": "none"} if merge_base == "original" else {}
+            _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary)
+        write_json(temporary / _MARKER, {"format": to, "weights_sha256": description["weights_sha256"]})
+        write_text(temporary / "README.md", model_card(source, description, recipe, to, merge_base))
     console.print(f"{to} export: {target}", highlight=False)
     return target
 
 
 def _write_lora(source: Path, base_model: str, folder: Path) -> None:
     adapter = read_adapter(source)  # the factors need no backbone
-    save_file(peft_state(adapter), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    state = peft_state(adapter)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        raise ValueError(f"{source}: the LoRA factors are not finite; the adapter's cores are damaged or overflow")
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", peft_config(adapter, base_model))
 
 
@@ -99,9 +109,8 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def model_card(source: Path, description: dict[str, Any], to: str, merge_base: str) -> str:
+def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str) -> str:
     """Return the README of an export: base, recipe, data, counts and the scores on record."""
-    recipe = description["recipe"]
     kinds = {
         "lora": "the exact LoRA form of the tensor train (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
         "merged": f"a plain transformers model, merged onto the {merge_base} weights",
@@ -110,7 +119,7 @@ def model_card(source: Path, description: dict[str, Any], to: str, merge_base: s
     sizes = " x ".join(f"{m} {n}" for m, n in zip(description["modes"], description["sizes"], strict=True))
     lines = [
         "---",
-        f"base_model: {description['base_model']}",
+        f"base_model: {json.dumps(description['base_model'])}",
         "library_name: " + {"lora": "peft", "merged": "transformers", "metatt": "metatt_scale"}[to],
         "tags: [metatt, tensor-train, lora]",
         "---",
@@ -121,27 +130,30 @@ def model_card(source: Path, description: dict[str, Any], to: str, merge_base: s
         "",
         "| | |",
         "|---|---|",
-        f"| base model | {description['base_model']} (quantization {recipe['backbone']['quantization']}) |",
+        f"| base model | {description['base_model']} (quantization {recipe.backbone.quantization}) |",
         f"| chain | {sizes}; ranks {', '.join(map(str, description['ranks']))}; alpha {description['alpha']} |",
         f"| trained parameters | {description['trainable_parameters']:,} |",
         f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
         f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} target tokens) |",
-        f"| training | {description['step']} steps of {recipe['training']['batch_size']} examples, learning rate "
-        f"{recipe['training']['learning_rate']}, seed {recipe['seed']} |",
+        f"| training | {description['step']} steps of {recipe.training.batch_size} examples, learning rate "
+        f"{recipe.training.learning_rate}, seed {recipe.seed} |",
         f"| made with | metatt-scale {description['metatt_scale']} |",
         "",
-        *_score_lines(run_folder(source) / "results.json"),
+        *_score_lines(run_folder(source) / "results.json", recipe, description["weights_sha256"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _score_lines(results: Path) -> list[str]:
-    if not results.is_file():
-        return ["No scores on record."]
-    lines = ["## Scores", "", "| model | task | metric | score | ± | questions |", "|---|---|---|---|---|---|"]
-    for label, tasks in read_scores(results).items():
+def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str) -> list[str]:
+    """Return the scores on record that are this adapter's and its backbone's, and nobody else's."""
+    known = {fingerprint(recipe, None), fingerprint(recipe, adapter_sha256)}
+    rows = []
+    for label, tasks in (read_scores(results) if results.is_file() else {}).items():
         for task, score in tasks.items():
-            for metric in score.samples:
-                mean, error = score.mean(metric), score.stderr(metric)
-                lines.append(f"| {label} | {task} | {metric} | {mean:.4f} | {error:.4f} | {score.n} |")
-    return lines
+            if score.key.get("fingerprint") in known:
+                for metric in score.samples:
+                    mean, error = score.mean(metric), score.stderr(metric)
+                    rows.append(f"| {label} | {task} | {metric} | {mean:.4f} | {error:.4f} | {score.n} |")
+    if not rows:
+        return ["No scores on record."]
+    return ["## Scores", "", "| model | task | metric | score | ± | questions |", "|---|---|---|---|---|---|", *rows]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except BaseException:
@@ -82,15 +81,17 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Fill a temporary folder beside `path`, then fsync everything in it and rename it to `path`.
 
     Raises:
-        FileExistsError: `path` is there already and `replace` is false.
+        FileExistsError: `path` is there already and `replace` is false, or it is a file or a link.
     """
     path = Path(path)
+    if path.is_symlink() or path.is_file():
+        raise FileExistsError(f"{path} is not a folder of its own; remove it or choose another folder")
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already; remove it or choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    temporary.mkdir()
     try:
-        os.chmod(temporary, 0o755)
         yield temporary
         for inner in sorted(temporary.rglob("*")):
             if inner.is_file():

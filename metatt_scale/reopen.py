@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale.adapter import ChainAdapter, load_adapter, read_description
-from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
+from metatt_scale.backbone import identity, load_backbone, load_tokenizer, pick_device
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training import TrainedRun
 
@@ -51,14 +53,6 @@ class Reopened:
         """The run directory (the adapter folder itself where it stands alone)."""
         return run_folder(self.folder)
 
-    def fingerprint(self, *, with_adapter: bool = True) -> str:
-        """Return a hash of everything that decides the model's outputs."""
-        decides: dict[str, Any] = {"backbone": self.recipe.backbone.model_dump(mode="json")}
-        decides["backbone"].pop("gradient_checkpointing")
-        if with_adapter:
-            decides["adapter"] = self.description["weights_sha256"]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
 
 def adapter_folder(path: str | Path) -> Path:
     """Return the adapter folder of a run directory, or the folder itself if it is one.
@@ -66,7 +60,7 @@ def adapter_folder(path: str | Path) -> Path:
     Raises:
         ValueError: neither.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     for candidate in (path / "adapter", path):
         if (candidate / "metatt.json").is_file():
             return candidate
@@ -81,37 +75,40 @@ def run_folder(folder: Path) -> Path:
     return folder.parent if folder.name == "adapter" and (folder.parent / "recipe.yaml").exists() else folder
 
 
-def read_recipe(folder: Path, backbone: str | None = None) -> tuple[dict[str, Any], Recipe]:
-    """Return an adapter's description and its recipe, with another `backbone.path` if one is given."""
+def read_recipe(folder: Path, backbone: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Recipe]:
+    """Return an adapter's description and its recipe, with the given keys of its `backbone` section replaced.
+
+    An adapter may come from anyone, so its own word for `trust_remote_code` does not count.
+    """
     description = read_description(folder)
     for key, kind in _ABOUT.items():
         if not isinstance(description.get(key), kind):
             raise ValueError(f"{folder}/metatt.json: has no usable `{key}`; the file is damaged")
-    validated = validate(description["recipe"], f"{folder}/metatt.json")
-    if backbone is not None:
-        data = validated.model_dump(mode="json")
-        data["backbone"]["path"] = backbone
-        validated = validate(data, f"{folder}/metatt.json with --backbone {backbone}")
-    return description, validated
+    data = validate(description["recipe"], f"{folder}/metatt.json").model_dump(mode="json")
+    data["backbone"] |= {"trust_remote_code": False, **(backbone or {})}
+    return description, validate(data, f"{folder}/metatt.json with {dict(backbone or {})}")
 
 
-def reopen(
-    path: str | Path, console: Console, *, backbone: str | None = None, quantization: str | None = None
-) -> Reopened:
+def fingerprint(recipe: Recipe, adapter_sha256: str | None) -> str:
+    """Return a hash of everything that decides the outputs of a backbone, with or without an adapter."""
+    decides: dict[str, Any] = {"backbone": recipe.backbone.model_dump(mode="json"), "seed": recipe.seed}
+    for key in ("path", "gradient_checkpointing", "trust_remote_code"):
+        decides["backbone"].pop(key)
+    decides |= {"weights": identity(recipe.backbone), "adapter": adapter_sha256}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def reopen(path: str | Path, console: Console, backbone: Mapping[str, Any] | None = None) -> Reopened:
     """Load backbone, tokenizer and adapter of a run.
 
     Args:
         path: run directory or adapter folder.
         console: where the wait is shown.
-        backbone: another place of the same backbone (the recorded path may be of another machine).
-        quantization: overrides the recipe's, for merging onto the original weights.
+        backbone: keys of the recipe's `backbone` section to replace, for example its `path` on this machine.
     """
     folder = adapter_folder(path)
     description, recipe = read_recipe(folder, backbone)
-    if quantization is not None:
-        changed = recipe.backbone.model_copy(update={"quantization": quantization})
-        recipe = recipe.model_copy(update={"backbone": changed})
-    with console.status(f"loading {recipe.backbone.path}"):
+    with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
         model = load_backbone(recipe.backbone, pick_device(), recipe.seed)
     adapter = load_adapter(folder, model)

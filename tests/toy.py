@@ -89,6 +89,7 @@ def make_trainer(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainer:
         model=model,
         adapter=adapter,
         data=prepare(recipe.data, tokenizer, recipe.seed),
+        inputs="digest",
         pad_token_id=0,
         device=CPU,
         folder=Path(recipe.output_dir),

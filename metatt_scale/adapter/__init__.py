@@ -1,7 +1,7 @@
 """The chain beside a frozen model: modes, targets, the owner of the cores, injection, merging, the LoRA form."""
 
 from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
-from metatt_scale.adapter.inject import attach, chain_spec, freeze, head_dim_of, inject
+from metatt_scale.adapter.inject import attach, chain_spec, head_dim_of, inject
 from metatt_scale.adapter.lora_form import lora_pairs, peft_config, peft_state
 from metatt_scale.adapter.merge import merge, plain_linear, unmerge
 from metatt_scale.adapter.modes import ChainSpec
@@ -17,7 +17,6 @@ __all__ = [
     "attach",
     "chain_spec",
     "find_targets",
-    "freeze",
     "head_dim_of",
     "inject",
     "load_adapter",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
-from metatt_scale.adapter.modes import ChainSpec, factors
+from metatt_scale.adapter.modes import ChainSpec, Factors, factors
 from metatt_scale.adapter.targets import Target, TargetMap
 
 
@@ -177,6 +177,14 @@ class ChainAdapter(nn.Module):
         self.fold()
         a, c, b = self._operands[index]
         return a.leaf.detach(), c.leaf.detach(), b.leaf.detach()
+
+
+def factors_at(all_factors: Factors, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the A (d_in x r), C (r x r') and B (r' x d_out) of one module out of those of all."""
+    a_LMIP, c_LMPQ, b_LMQO = all_factors
+    a_IP = a_LMIP[_place(a_LMIP, target)][: target.d_in]
+    b_QO = b_LMQO[_place(b_LMQO, target)][:, : target.d_out]
+    return a_IP, c_LMPQ[_place(c_LMPQ, target)], b_QO
 
 
 def _place(factor_LM: Tensor, target: Target) -> tuple[int, int]:

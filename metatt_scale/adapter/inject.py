@@ -47,12 +47,6 @@ def head_dim_of(model: PreTrainedModel) -> int | None:
     return hidden // heads if hidden and heads else None
 
 
-def freeze(model: PreTrainedModel) -> None:
-    """No parameter of the backbone asks for a gradient."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-
 def inject(model: PreTrainedModel, recipe: AdapterRecipe, seed: int) -> ChainAdapter:
     """Freeze the model, put a new chain behind its target modules, and return the owner of the cores.
 
@@ -74,7 +68,7 @@ def inject(model: PreTrainedModel, recipe: AdapterRecipe, seed: int) -> ChainAda
 
 def attach(model: PreTrainedModel, adapter: ChainAdapter) -> None:
     """Put the adapter's linears in the place of the model's, and fold the chain before every forward."""
-    freeze(model)
+    model.requires_grad_(False)
     linears = []
     for index, target in enumerate(adapter.targets):
         parent_path, _, name = target.path.rpartition(".")

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metatt_scale.adapter.chain import ChainAdapter
+from metatt_scale.adapter.chain import ChainAdapter, factors_at
+from metatt_scale.adapter.modes import factors
 
 
 class LoraPair(NamedTuple):
@@ -28,10 +29,11 @@ class LoraPair(NamedTuple):
 def lora_pairs(adapter: ChainAdapter) -> list[LoraPair]:
     """Return the exact LoRA factors of every adapted module, in the cores' dtype, alpha left out."""
     pairs = []
-    for index, target in enumerate(adapter.targets):
-        a_IP, c_PQ, b_QO = adapter.factors_of(index)
-        lora_A = ((a_IP @ c_PQ) / adapter.alpha).mT.contiguous()
-        pairs.append(LoraPair(target.path, lora_A, b_QO.mT.contiguous()))
+    unscaled = factors(adapter.spec, [core.detach() for core in adapter.cores])
+    for target in adapter.targets:
+        a_IP, c_PQ, b_QO = factors_at(unscaled, target)
+        lora_A = (a_IP @ c_PQ).mT.contiguous()
+        pairs.append(LoraPair(target.path, lora_A, b_QO.mT.clone(memory_format=torch.contiguous_format)))
     return pairs
 
 

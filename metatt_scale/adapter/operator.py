@@ -81,11 +81,6 @@ def add_low_rank(y: Tensor, h: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
     return y
 
 
-def reference(y: Tensor, x: Tensor, a_IP: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
-    """Return y + ((x A) C) B by plain autograd: the path that tests compare the others with."""
-    return y + (((x @ a_IP) @ c_PQ) @ b_QO).to(y.dtype)
-
-
 @torch.no_grad()
 def delta(a_IP: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
     """Return the dense delta W = A C B of one module (input width x output width)."""

@@ -41,6 +41,10 @@ class TargetMap:
     projections: tuple[str, ...]
     """Module paths without their layer number, in the order of the projection mode."""
 
+    def lora_parameters(self, rank: int) -> int:
+        """Return what LoRA of this rank would train on the same modules: the sum of r (d_in + d_out)."""
+        return sum(rank * (target.d_in + target.d_out) for target in self.targets)
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T (+ bias): Linear, its bitsandbytes subclasses, GPT-2's Conv1D."""
@@ -81,8 +85,8 @@ def find_targets(
     chosen = list(dict.fromkeys(chosen))
     if layers is not None:
         chosen = [path for path in chosen if layers[0] <= _layer_number(path) < layers[1]]
-        if not chosen:
-            last = max(_layer_number(path) for path in candidates)
+        last = max(_layer_number(path) for path in candidates)
+        if not chosen or layers[1] > last + 1:
             raise ValueError(f"adapter.layers is {list(layers)}, but the model's layers are 0 to {last}")
     return _place(chosen, linears)
 

@@ -8,13 +8,14 @@ from metatt_scale.backbone.loading import (
     pick_device,
 )
 from metatt_scale.backbone.quantised import quantise, quantised_linear
-from metatt_scale.backbone.source import Source, resolve
+from metatt_scale.backbone.source import Source, identity, resolve
 from metatt_scale.backbone.tokenizer import byte_tokenizer, load_tokenizer
 
 __all__ = [
     "Source",
     "byte_tokenizer",
     "enable_checkpointing",
+    "identity",
     "load_backbone",
     "load_skeleton",
     "load_tokenizer",

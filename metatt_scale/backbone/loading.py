@@ -51,8 +51,7 @@ def load_backbone(recipe: BackboneRecipe, device: torch.device, seed: int = 0) -
         model = _build(_random_config(source), **options)
     else:
         model = _load_weights(recipe, source, options)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     if recipe.quantization != "none":
         quantise(model, recipe, device)
     model.to(device)  # type: ignore[arg-type]
@@ -174,7 +173,13 @@ def _build(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     auto = _model_class(config)
     try:
         return auto.from_config(config, **options)
-    except ValueError as error:
+    except (
+        ArithmeticError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # unchecked settings
         if "Unrecognized configuration class" in str(error):  # what follows is a list of every class there is
             raise ValueError(
                 f"backbone: {config.model_type} is no language model ({auto.__name__} has none)"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from metatt_scale.recipe import BackboneRecipe
 from metatt_scale.recipe.architectures import architecture_file, architecture_names
 
 
@@ -105,3 +107,30 @@ def first_line(error: Exception) -> str:
     """Return the first line of a library's message, cut to what a person reads, or the error's name."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:200] + " ..."
+
+
+def identity(recipe: BackboneRecipe) -> str:
+    """Return what identifies the weights behind `backbone.path`, wherever they lie: cheap, and different if they are.
+
+    A hub id stands for itself with its revision. Local files are told apart by their sizes and their first and last
+    MiB; random weights by their configuration.
+    """
+    source = resolve(recipe.path)
+    if source.kind == "hub":
+        return f"{source.location}@{recipe.revision}"
+    folder = Path(source.location)
+    if source.gguf_file:
+        files = [folder / source.gguf_file]
+    elif source.kind == "random":
+        files = [folder / "config.json" if folder.is_dir() else folder]
+    else:
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            digest.update(f"{path.stat().st_size} ".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, path.stat().st_size - (1 << 20)))
+                digest.update(file.read())
+    return f"{source.kind} {digest.hexdigest()}"

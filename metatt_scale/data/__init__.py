@@ -9,7 +9,6 @@ from metatt_scale.data.batches import (
     micro_batches,
     split,
     target_count,
-    validation_batches,
 )
 from metatt_scale.data.cache import tokenize_source
 from metatt_scale.data.prepare import PreparedData, ValidationData, prepare
@@ -33,5 +32,4 @@ __all__ = [
     "split",
     "target_count",
     "tokenize_source",
-    "validation_batches",
 ]

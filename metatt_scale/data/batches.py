@@ -158,28 +158,12 @@ def deal(
 
 def micro_batches(
     table: TokenTable, indices: Indices, *, micro_batch_size: int, rank: int, world_size: int, pad_token_id: int
-) -> list[Batch]:
-    """Return the micro-batches of one rank for a global batch, as many as on every other rank.
+) -> Iterator[Batch]:
+    """Yield the micro-batches of one rank for these examples, as many as on every other rank.
 
     Over all ranks they hold each example of `indices` exactly once. A rank with too few examples gets fillers: one
     short example without labels, which adds nothing to loss or gradient.
     """
-    return list(
-        validation_batches(
-            table,
-            indices,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            pad_token_id=pad_token_id,
-        )
-    )
-
-
-def validation_batches(
-    table: TokenTable, indices: Indices, *, micro_batch_size: int, rank: int, world_size: int, pad_token_id: int
-) -> Iterator[Batch]:
-    """Yield one rank's share of a whole set, dealt as in `micro_batches` but made one by one."""
     parts = deal(table.lengths, indices, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
     for part in parts:
         yield collate(table, part, pad_token_id) if len(part) else _filler(table, int(indices[0]))

@@ -36,7 +36,7 @@ class PreparedData:
     validation: ValidationData | None
     """Own sources, or a part of `table` that is not trained on; None where the recipe names neither."""
     digest: str
-    """SHA-256 of all training tokens and targets: a resumed run must see the same."""
+    """SHA-256 of all tokens and targets: a resumed run must see the same."""
     counts: dict[str, Any]
     """For the log: `train` and `validation`, a list with the counts of each source; `train_examples`,
     `examples_per_epoch` and `validation_examples`."""
@@ -73,13 +73,15 @@ def prepare(
         "examples_per_epoch": len(mixture),
         "validation_examples": 0 if validation is None else len(validation.indices),
     }
-    return PreparedData(table, mixture, validation, _digest(table), counts)
+    judged = [] if validation is None else [validation.table]
+    return PreparedData(table, mixture, validation, _digest(table, *judged), counts)
 
 
-def _digest(table: TokenTable) -> str:
+def _digest(*tables: TokenTable) -> str:
     digest = hashlib.sha256()
-    for array in (table.tokens, table.flags, table.offsets):
-        digest.update(np.ascontiguousarray(array).data)
+    for table in tables:
+        for array in (table.tokens, table.flags, table.offsets):
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -38,7 +38,7 @@ def continue_tokens(
     import torch
     from transformers import GenerationConfig
 
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not (temperature == 0 or 1e-3 <= temperature <= 100):
         raise ValueError(
             f"max_new_tokens is {max_new_tokens} and temperature {temperature}; "
             "the first must be at least 1, the second at least 0"

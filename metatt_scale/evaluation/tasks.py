@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ def load_definition(task: str, folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: neither `folder` nor the harness knows the task, or its file cannot be read.
     """
+    if not re.fullmatch(r"[\w.+-]+", task) or ".." in task:
+        raise ValueError(f"task {task!r} is not a task name; a task file is code, so it is never taken from a path")
     own = folder / f"{task}.yaml"
     path = own if own.is_file() else _stock_file(task, folder)
     try:

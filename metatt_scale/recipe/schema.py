@@ -49,19 +49,19 @@ class AdapterRecipe(_Section):
     width)."""
     rank: int | tuple[int, ...] = 16
     """TT-rank of every inner bond, or one rank per inner bond from left to right."""
-    alpha: float = Field(default=2.0, gt=0)
+    alpha: float = Field(default=2.0, gt=0, le=1e4)
     """Scale of the adapter: y = x W^T + alpha x G1 G2[l] G3[m] G4 (paper eq. 5)."""
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     """Names of linear modules (matched at the end of the module path), or one regular expression that matches
     whole module paths."""
     layers: tuple[int, int] | None = None
     """Half-open range [first, last) of layers to adapt; all when absent."""
-    mode_order: tuple[str, ...] | None = None
+    mode_order: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Order of the modes along the chain (paper §2.3); the order named by `kind` when absent."""
     init: str | None = None
     """One letter pair per core, joined by `-`: `ze` zeros, `id` identity per slice, `no` normal(0, init_std).
     Absent: zeros for the first core, `no` for the middle ones, `id` for the last (paper, Llama)."""
-    init_std: float = Field(default=0.2, gt=0)
+    init_std: float = Field(default=0.2, gt=0, le=100)
     """Standard deviation of the letter pair `no`."""
     allow_nonzero_start: bool = False
     """Accept an initialisation whose chain is not zero, so that training does not start at the frozen model."""
@@ -70,8 +70,8 @@ class AdapterRecipe(_Section):
     def _check(self) -> AdapterRecipe:
         n_modes = {"metatt_4d": 4, "metatt_5d": 5}[self.kind]
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
-        if not ranks or min(ranks) < 1:
-            raise ValueError("`rank` must be at least 1; give one positive number or one per inner bond")
+        if not ranks or min(ranks) < 1 or max(ranks) > 8192:
+            raise ValueError("`rank` must be at least 1 and at most 8192; give one number, or one per inner bond")
         if isinstance(self.rank, tuple) and len(ranks) != n_modes - 1:
             raise ValueError(
                 f"`rank` has {len(ranks)} entries but {self.kind} has {n_modes - 1} inner bonds; "
@@ -100,7 +100,7 @@ class DataSource(_Section):
     """`.json`, `.jsonl`, either with `.gz`, a folder of such files, or a hub id."""
     split: str = "train"
     """Split of a hub data set (ignored for files)."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     """Passes over this source per epoch: 1 takes each record once, 0.5 a fresh half each epoch, 2 each twice."""
     limit: int | None = Field(default=None, gt=0)
     """Use only the first so many records."""
@@ -126,7 +126,7 @@ class DataRecipe(_Section):
     """Take the loss on prompts as well, not on answers only."""
     on_bad_record: Literal["error", "skip"] = "error"
     """A record that cannot be read stops the run with file and line, or is skipped and counted."""
-    cache_dir: str | None = None
+    cache_dir: str | None = Field(default=None, min_length=1)
     """Folder of tokenised data; the user's cache folder when absent."""
 
     @model_validator(mode="after")
@@ -149,13 +149,13 @@ class TrainingRecipe(_Section):
     """Examples of one optimizer step over all ranks and micro-batches."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Examples that one rank sends through the model at once."""
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0, le=100)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up; linear and cosine end at zero."""
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
     """Part of all steps in which the learning rate rises from zero."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""

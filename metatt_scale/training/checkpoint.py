@@ -30,7 +30,16 @@ from metatt_scale.recipe import Recipe
 _MARKER, _STATE, _TENSORS = "COMPLETE", "state.json", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 # What may differ between the run that wrote a checkpoint and the one that resumes it: nothing here decides a bit.
-_FREE = ("output_dir", "evaluation", "logging", "training.resume", "training.save_every", "training.keep_checkpoints")
+_FREE = (
+    "data.cache_dir",
+    "training.max_nonfinite_steps",
+    "output_dir",
+    "evaluation",
+    "logging",
+    "training.resume",
+    "training.save_every",
+    "training.keep_checkpoints",
+)
 
 
 @dataclass(kw_only=True)
@@ -61,26 +70,22 @@ class Snapshot:
     moments: list[dict[str, Tensor]]
     """AdamW's state per core; empty before the first step."""
     best_cores: list[Tensor] = field(default_factory=list)
-    data: str = ""
-    """Digest of the training tokens."""
+    inputs: str = ""
+    """Digest of the tokenised records and of the backbone's weights."""
     ranks: int = 1
     threads: int = 1
 
 
 def take_snapshot(
-    adapter: ChainAdapter,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    best_cores: Sequence[Tensor],
-    data: str,
+    adapter: ChainAdapter, optimizer: torch.optim.Optimizer, progress: Progress, best: Sequence[Tensor], inputs: str
 ) -> Snapshot:
     """Collect what `save` writes."""
     return Snapshot(
         progress=progress,
         cores=[core.detach() for core in adapter.cores],
         moments=[optimizer.state.get(core, {}) for core in adapter.cores],
-        best_cores=list(best_cores),
-        data=data,
+        best_cores=list(best),
+        inputs=inputs,
         threads=torch.get_num_threads(),
     )
 
@@ -112,7 +117,7 @@ def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
             temporary / _STATE,
             {
                 "progress": asdict(snapshot.progress),
-                "data": snapshot.data,
+                "inputs": snapshot.inputs,
                 "ranks": snapshot.ranks,
                 "threads": snapshot.threads,
                 "torch": torch.__version__,
@@ -171,7 +176,7 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
         cores=cores,
         moments=moments,
         best_cores=best,
-        data=state.get("data", ""),
+        inputs=state.get("inputs", ""),
         ranks=state.get("ranks", 1),
         threads=state.get("threads", 1),
     )

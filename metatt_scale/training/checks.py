@@ -9,11 +9,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
+from metatt_scale.adapter import ChainAdapter
 from metatt_scale.data import PreparedData
+from metatt_scale.recipe import Recipe
+from metatt_scale.training.checkpoint import Progress, list_checkpoints
 
 
 def check_launch() -> None:
@@ -23,6 +27,30 @@ def check_launch() -> None:
         raise ValueError(
             f"started as one of {world} processes (WORLD_SIZE), but this version trains in one; start it with "
             "python, or with accelerate launch --num_processes 1"
+        )
+
+
+def check_resume(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder with checkpoints where the recipe says that nothing is to be resumed."""
+    found = list_checkpoints(folder / "checkpoints")
+    if recipe.training.resume == "never" and found:
+        raise ValueError(
+            f"{folder / 'checkpoints'} holds checkpoints ({found[-1].name}) and training.resume is never; choose "
+            "another output_dir, remove the folder, or set training.resume: auto"
+        )
+
+
+def check_result(adapter: ChainAdapter, progress: Progress) -> None:
+    """Refuse to hand over an adapter that learned nothing or is not finite."""
+    if progress.target_tokens == 0:
+        raise ValueError(
+            f"all {progress.step} steps were skipped because loss or gradient was not finite; lower "
+            "training.learning_rate or adapter.alpha and use another output_dir"
+        )
+    if not all(bool(torch.isfinite(core).all()) for core in adapter.cores):
+        raise ValueError(
+            "training ended with cores that are not finite; lower training.learning_rate or training.weight_decay "
+            "and use another output_dir"
         )
 
 
@@ -41,6 +69,9 @@ def only_run(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if os.listdir(folder) == [".lock"]:  # refused before it wrote anything: leave no trace
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 def check_writable(folder: Path) -> None:

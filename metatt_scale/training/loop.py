@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from metatt_scale.adapter import ChainAdapter
-from metatt_scale.data import BatchOrder, PreparedData, micro_batches, target_count, validation_batches
+from metatt_scale.data import BatchOrder, PreparedData, micro_batches, target_count
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import Progress
@@ -43,9 +44,11 @@ class Trainer:
     """Everything the loop works with; `train` is its only entry."""
 
     recipe: Recipe
-    model: nn.Module
+    model: PreTrainedModel
     adapter: ChainAdapter
     data: PreparedData
+    inputs: str
+    """Digest of records and backbone, kept in every checkpoint."""
     pad_token_id: int
     device: torch.device
     folder: Path
@@ -83,7 +86,11 @@ class Trainer:
                 bar.update(
                     self.progress.step, _shown(report), elapsed / done * (self.total_steps - self.progress.step)
                 )
-                if self.progress.step % self.recipe.logging.every == 0 or "eval_loss" in report:
+                if (
+                    self.progress.step % self.recipe.logging.every == 0
+                    or "eval_loss" in report
+                    or self.progress.finished
+                ):
                     metrics.write(self.progress.step, report)
                     trackers.log(self.progress.step, report)
                 self._save_if_due()  # after the metrics: a run killed between the two writes this step's line again
@@ -207,7 +214,7 @@ class Trainer:
         table, indices = self.data.validation
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in validation_batches(
+        for batch in micro_batches(
             table,
             indices,
             micro_batch_size=self.recipe.training.micro_batch_size,
@@ -220,9 +227,7 @@ class Trainer:
         return float(total) / target_count(table, indices)
 
     def _save(self) -> None:
-        snapshot = checkpoint.take_snapshot(
-            self.adapter, self.optimizer, self.progress, self.best_cores, self.data.digest
-        )
+        snapshot = checkpoint.take_snapshot(self.adapter, self.optimizer, self.progress, self.best_cores, self.inputs)
         keep = self.recipe.training.keep_checkpoints
         checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe, keep)
 

@@ -200,7 +200,7 @@ def test_an_encoder_without_its_head_still_loads_but_not_without_a_layer(tmp_pat
 
 
 def test_weights_that_are_packed_already_are_refused(copy_of):
-    """Their layers would repack themselves in eval mode on some CPUs (engines.md, trap 1), and merge wrongly."""
+    """Their layers would repack themselves in eval mode on some CPUs, and merge wrongly."""
     config = json.loads((copy_of / "config.json").read_text())
     config["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True).to_dict()
     (copy_of / "config.json").write_text(json.dumps(config))

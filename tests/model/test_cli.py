@@ -126,7 +126,7 @@ def test_generate_prints_the_text_alone(recipe, capsys):
     run = str(recipe.parent / "run")
     arguments = ["generate", run, "--prompt", "1+2", "--max-new-tokens", "8"]
     printed = []
-    for more in ([], [], ["--zero-shot"], ["--backbone", f"random:{recipe.parent / 'model' / 'config.json'}"]):
+    for more in ([], [], ["--backbone-only"], ["--backbone", f"random:{recipe.parent / 'model' / 'config.json'}"]):
         assert main([*arguments, *more]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] == printed[3] != printed[2]

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
 
 from metatt_scale.adapter import inject, load_adapter, save_adapter
 from metatt_scale.backbone import byte_tokenizer, load_backbone
 from metatt_scale.evaluation import TaskScore
-from metatt_scale.evaluation.scores import record
+from metatt_scale.evaluation.scores import Key, record
 from metatt_scale.export import export
-from metatt_scale.files import write_text
+from metatt_scale.files import sha256, write_text
 from metatt_scale.recipe import dump_recipe, validate
+from metatt_scale.reopen import fingerprint, read_recipe
 from metatt_scale.training import train
 from tests.tiny import FLOAT32, MODELS, randomise, tiny_model, tokens
 
@@ -297,11 +299,11 @@ def test_another_place_of_the_backbone(trained, tmp_path):
     _, run, _ = trained
     moved = tmp_path / "elsewhere"
     save_backbone(moved)
-    merged = export(run.folder, "merged", QUIET, out=tmp_path / "m", backbone=str(moved))
+    merged = export(run.folder, "merged", QUIET, out=tmp_path / "m", backbone={"path": str(moved)})
     assert relative(logits_of(AutoModelForCausalLM.from_pretrained(merged)), logits_of(run.model)) < FLOAT32
     other = save_backbone(tmp_path / "other", hidden_size=64)
     with pytest.raises(ValueError, match="load it on the backbone it was trained on"):
-        export(run.folder, "merged", QUIET, out=tmp_path / "n", backbone=str(other))
+        export(run.folder, "merged", QUIET, out=tmp_path / "n", backbone={"path": str(other)})
     assert not (tmp_path / "n").exists()
 
 
@@ -312,12 +314,16 @@ def test_the_card_says_where_the_model_comes_from(trained, tmp_path):
     folder, run, _ = trained
     without = export(run.folder, "metatt", QUIET, out=tmp_path / "without")
     assert "No scores on record" in (without / "README.md").read_text()
-    score = TaskScore(metric="acc", samples={"acc": "1101", "acc_norm": "1000"}, key={"data": "x"}, seconds=1.0)
-    record(run.folder / "results.json", "fine_tuned", "boolq", score)
+    description, recipe = read_recipe(run.folder / "adapter")
+    samples = {"acc": "1101", "acc_norm": "1000"}
+    for task, adapter in (("boolq", description["weights_sha256"]), ("piqa", "of another adapter")):
+        key: Key = {"fingerprint": fingerprint(recipe, adapter)}
+        score = TaskScore(metric="acc", samples=samples, key=key, seconds=1.0)
+        record(run.folder / "results.json", "fine_tuned", task, score)
     try:
         for to in ("lora", "merged", "metatt"):
             card = (export(run.folder, to, QUIET, out=tmp_path / to) / "README.md").read_text()
-            assert f"base_model: {folder / 'backbone'}\n" in card
+            assert f'base_model: "{folder / "backbone"}"\n' in card
             assert "input 48 x layer 3 x projection 3 x output 32; ranks 3, 4, 5; alpha 1.5" in card
             count = 48 * 3 + 3 * 3 * 4 + 4 * 3 * 5 + 5 * 32
             assert f"| trained parameters | {count:,} |" in card
@@ -325,6 +331,7 @@ def test_the_card_says_where_the_model_comes_from(trained, tmp_path):
             assert str(folder / "sums.jsonl") in card and "4 steps of 12 examples, learning rate 0.02" in card
             assert "| fine_tuned | boolq | acc | 0.7500 | 0.2500 | 4 |" in card
             assert "| fine_tuned | boolq | acc_norm | 0.2500 | 0.2500 | 4 |" in card
+            assert "piqa" not in card  # scored before the adapter was trained anew
     finally:
         (run.folder / "results.json").unlink()
 
@@ -342,9 +349,16 @@ def test_an_existing_target_is_kept_unless_it_may_be_replaced(trained, tmp_path)
         with pytest.raises(FileExistsError, match=r"exists already; remove it, choose --out, or pass --replace"):
             export(run.folder, to, QUIET, out=target)
         assert contents(target) == {"mine.txt": b"mine"}
+        with pytest.raises(FileExistsError, match="no export of this toolkit"):
+            export(run.folder, to, QUIET, out=target, replace=True)
+        with pytest.raises(FileExistsError, match="no export of this toolkit"):
+            export(run.folder, to, QUIET, out=run.folder, replace=True)
+    assert contents(target) == {"mine.txt": b"mine"}
+    target = export(run.folder, "metatt", QUIET, out=tmp_path / "export")
     export(run.folder, "lora", QUIET, out=target, replace=True)
-    assert set(contents(target)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "metatt_export.json"}
+    assert set(contents(target)) == files
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "there"]
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -366,10 +380,10 @@ def test_a_failing_export_leaves_nothing_and_takes_nothing(tmp_path, replace):
     place = tmp_path / "place"
     if replace:
         (place / "there").mkdir(parents=True)
-        (place / "there" / "mine.txt").write_text("mine")
+        (place / "there" / "metatt_export.json").write_text("mine")
     with pytest.raises(ValueError, match="not finite; nothing was merged"):
         export(tmp_path / "run", "merged", QUIET, out=place / "there", replace=replace)
-    assert contents(place) == ({"there/mine.txt": b"mine"} if replace else {})
+    assert contents(place) == ({"there/metatt_export.json": b"mine"} if replace else {})
     assert [p.name for p in place.iterdir()] == (["there"] if replace else [])
 
 
@@ -382,3 +396,28 @@ def test_what_cannot_be_exported(tmp_path, trained):
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="has not finished"):
         export(tmp_path / "unfinished", "lora", QUIET)
+
+
+def test_an_adapter_cannot_ask_for_remote_code(trained, tmp_path):
+    """Its own word does not count; only the person who opens it may allow it."""
+    _, run, _ = trained
+    folder = tmp_path / "adapter"
+    shutil.copytree(run.folder / "adapter", folder)
+    description = json.loads((folder / "metatt.json").read_text())
+    description["recipe"]["backbone"]["trust_remote_code"] = True
+    (folder / "metatt.json").write_text(json.dumps(description))
+    assert not read_recipe(folder)[1].backbone.trust_remote_code
+    assert read_recipe(folder, {"trust_remote_code": True})[1].backbone.trust_remote_code
+
+
+def test_factors_that_are_not_finite_are_not_exported(tmp_path):
+    run, _, _ = untrained_run(tmp_path)
+    folder = run / "adapter"
+    cores = load_file(folder / "metatt.safetensors")
+    cores["core_0"][0, 0, 0] = math.nan
+    save_file(cores, folder / "metatt.safetensors")
+    description = json.loads((folder / "metatt.json").read_text())
+    description["weights_sha256"] = sha256(folder / "metatt.safetensors")
+    (folder / "metatt.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="LoRA factors are not finite"):
+        export(run, "lora", QUIET)

@@ -238,7 +238,7 @@ def test_forward_and_gradients_in_bfloat16(quantization):
     assert float(other.max()) < 0.3, "a reference this far off would bound nothing"
 
 
-# ---- evaluation between training steps (engines.md, trap 1)
+# ---- evaluation between training steps
 
 
 def losses_around_evaluations(model):

@@ -306,7 +306,17 @@ def test_other_training_records_are_refused(tmp_path):
     train(recipe, quiet())
     data = tmp_path / "data.jsonl"
     data.write_text(data.read_text().replace("=", "~"))
-    with pytest.raises(ValueError, match="training records are not those"):
+    with pytest.raises(ValueError, match="records or the backbone"):
+        train(recipe, quiet())
+
+
+def test_other_weights_behind_the_same_path_are_refused(tmp_path):
+    write_toy(tmp_path)
+    recipe = toy_recipe(tmp_path)
+    train(recipe, quiet())
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"initializer_range": 0.2', '"initializer_range": 0.3'))
+    with pytest.raises(ValueError, match="records or the backbone"):
         train(recipe, quiet())
 
 

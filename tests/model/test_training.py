@@ -11,7 +11,7 @@ from metatt_scale.backbone import byte_tokenizer
 from metatt_scale.data import IGNORE, micro_batches, prepare
 from metatt_scale.recipe import RecipeError, TrainingRecipe
 from metatt_scale.reopen import reopen
-from metatt_scale.training import checkpoint, loop, lora_parameters, train
+from metatt_scale.training import checkpoint, loop, train
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.optimizer import clip, gradient_norm, learning_rate
 from tests.tiny import FLOAT32, FLOAT64, MODELS, randomise, tiny_model
@@ -150,7 +150,7 @@ def test_only_the_cores_train_and_their_count_is_printed(tmp_path):
     count = 32 * 4 + 3 * 4 * 4 + 2 * 4 * 4 + 4 * 32
     assert sum(core.numel() for core in cores) == run.adapter.spec.n_parameters == count
     lora = 3 * 8 * (32 + 32 + 32 + 16)
-    assert lora_parameters(run.adapter, 8) == lora
+    assert run.adapter.target_map.lora_parameters(8) == lora
     assert f"training {count} parameters" in said(console)
     assert f"LoRA r=8 on the same would train {lora:,}" in said(console)
 
@@ -411,3 +411,35 @@ def test_validation_records_are_never_trained_on(tmp_path):
 def test_a_recipe_that_wants_the_best_without_validation_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="need validation records"):
         toy_recipe(tmp_path, data={"validation_size": 0}, training={"keep": "best"})
+
+
+def test_a_run_that_learned_nothing_hands_over_nothing(tmp_path, monkeypatch):
+    write_toy(tmp_path)
+    recipe = toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"})
+    monkeypatch.setattr(
+        loop, "token_loss_sum", lambda model, batch, device: model(batch.input_ids_BS).logits.sum() * math.nan
+    )
+    with pytest.raises(ValueError, match="all 3 steps were skipped"):
+        train(recipe, quiet())
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_cores_that_are_not_finite_are_not_handed_over(tmp_path, monkeypatch):
+    write_toy(tmp_path)
+    recipe = toy_recipe(tmp_path, training={"max_steps": 1, "eval_every": "never"})
+    step = torch.optim.AdamW.step
+
+    def overflow(self, closure=None):
+        step(self, closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0][0, 0, 0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(ValueError, match="cores that are not finite"):
+        train(recipe, quiet())
+
+
+def test_the_last_step_is_always_in_the_metrics(tmp_path):
+    write_toy(tmp_path)
+    train(toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"}, logging={"every": 10}), quiet())
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3]

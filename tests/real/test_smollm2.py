@@ -169,7 +169,9 @@ def test_exports_give_the_same_logits(trained, plain, plain_logits, ids, tokeniz
     # The merged folder first: PEFT changes `plain`. A saved copy of the backbone saves reading the GGUF file again.
     plain.save_pretrained(tmp_path / "backbone")
     tokenizer.save_pretrained(tmp_path / "backbone")
-    merged = export(run.folder, "merged", QUIET, out=tmp_path / "merged", backbone=str(tmp_path / "backbone"))
+    merged = export(
+        run.folder, "merged", QUIET, out=tmp_path / "merged", backbone={"path": str(tmp_path / "backbone")}
+    )
     reread = AutoModelForCausalLM.from_pretrained(merged)
     assert reread.dtype == torch.bfloat16 and reread.lm_head.weight is reread.get_input_embeddings().weight
     merged_logits = logits_of(reread, ids)

@@ -13,7 +13,6 @@ from metatt_scale.data import (
     micro_batches,
     split,
     target_count,
-    validation_batches,
 )
 
 PAD = 999
@@ -138,7 +137,7 @@ def test_any_number_of_ranks_sees_the_same_global_batch(world_size, n):
     table = make_table(np.random.default_rng(1).integers(2, 40, 60))
     indices = np.random.default_rng(n).permutation(60)[:n]
     ranks = [
-        micro_batches(table, indices, micro_batch_size=4, rank=rank, world_size=world_size, pad_token_id=PAD)
+        list(micro_batches(table, indices, micro_batch_size=4, rank=rank, world_size=world_size, pad_token_id=PAD))
         for rank in range(world_size)
     ]
     # Equal counts, or a collective inside the forward would wait for ever; and no more rounds than needed.
@@ -170,14 +169,12 @@ def test_a_batch_larger_than_needed_is_spread_over_all_ranks():
         assert len(batch.input_ids_BS) == 2
 
 
-def test_validation_batches_are_dealt_alike():
+def test_micro_batches_are_dealt_alike():
     table = make_table(np.random.default_rng(2).integers(2, 30, 50))
     indices = np.arange(5, 48)
     seen, counts = [], set()
     for rank in range(3):
-        batches = list(
-            validation_batches(table, indices, micro_batch_size=4, rank=rank, world_size=3, pad_token_id=PAD)
-        )
+        batches = list(micro_batches(table, indices, micro_batch_size=4, rank=rank, world_size=3, pad_token_id=PAD))
         counts.add(len(batches))
         seen += [
             i for batch in batches if (batch.labels_BS != IGNORE).any() for i in batch.input_ids_BS[:, 0].tolist()
@@ -187,7 +184,7 @@ def test_validation_batches_are_dealt_alike():
 
 def test_a_wrong_rank_is_an_error():
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        micro_batches(make_table([3]), np.arange(1), micro_batch_size=1, rank=2, world_size=2, pad_token_id=PAD)
+        next(micro_batches(make_table([3]), np.arange(1), micro_batch_size=1, rank=2, world_size=2, pad_token_id=PAD))
 
 
 def test_the_validation_split_is_disjoint_and_pure():

@@ -47,7 +47,7 @@ def floor_of(module):
     for level, rooms in enumerate(FLOORS):
         if room in rooms:
             return level
-    raise AssertionError(f"{module} stands on no floor: add `{room}` to FLOORS where design.md §3 has it")
+    raise AssertionError(f"{module} stands on no floor: add `{room}` to FLOORS where CONTRIBUTING.md has it")
 
 
 def imports_of(path, *, at_run_time=False):
@@ -143,7 +143,7 @@ def test_launchers_are_doors_to_the_command_line(path):
 
 
 def test_nothing_that_is_loaded_can_run_code():
-    """Safetensors and JSON only (design.md §6)."""
+    """Safetensors and JSON only."""
     forbidden = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"}
     for path in SOURCES:
         assert not {name.split(".")[0] for name in imports_of(path)} & forbidden, path
