@@ -2,7 +2,7 @@
 
     checkpoints/step-000100/
         state.safetensors   cores, AdamW moments, the best cores so far
-        state.json          step, counters, the recipe, ranks and threads
+        state.json          step, counters, the recipe, world size and threads
         COMPLETE            hashes of the two, written last; the folder is renamed into place after that
 
 Everything else a run needs is a pure function of (recipe, step): data order, dropout, learning rate.
@@ -43,7 +43,7 @@ _FREE = (
 
 
 @dataclass(kw_only=True)
-class Progress:
+class RunState:
     """All of a run's state that is not a tensor."""
 
     step: int = 0
@@ -65,19 +65,19 @@ class Progress:
 class Snapshot:
     """A checkpoint in memory."""
 
-    progress: Progress
+    progress: RunState
     cores: list[Tensor]
     moments: list[dict[str, Tensor]]
     """AdamW's state per core; empty before the first step."""
     best_cores: list[Tensor] = field(default_factory=list)
     inputs: str = ""
     """Digest of the tokenised records and of the backbone's weights."""
-    ranks: int = 1
+    world_size: int = 1
     threads: int = 1
 
 
 def take_snapshot(
-    adapter: ChainAdapter, optimizer: torch.optim.Optimizer, progress: Progress, best: Sequence[Tensor], inputs: str
+    adapter: ChainAdapter, optimizer: torch.optim.Optimizer, progress: RunState, best: Sequence[Tensor], inputs: str
 ) -> Snapshot:
     """Collect what `save` writes."""
     return Snapshot(
@@ -118,7 +118,7 @@ def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
             {
                 "progress": asdict(snapshot.progress),
                 "inputs": snapshot.inputs,
-                "ranks": snapshot.ranks,
+                "world_size": snapshot.world_size,
                 "threads": snapshot.threads,
                 "torch": torch.__version__,
                 "recipe": recipe.model_dump(mode="json"),
@@ -157,7 +157,7 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
         )
     try:
         tensors = load_file(folder / _TENSORS)
-        progress = Progress(**state["progress"])
+        progress = RunState(**state["progress"])
         cores = [tensors[f"core_{k}"] for k in range(len(shapes))]
         best = [tensors[f"best_{k}"] for k in range(len(shapes))] if "best_0" in tensors else []
     except (SafetensorError, KeyError, TypeError) as error:
@@ -177,7 +177,7 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
         moments=moments,
         best_cores=best,
         inputs=state.get("inputs", ""),
-        ranks=state.get("ranks", 1),
+        world_size=state.get("world_size", 1),
         threads=state.get("threads", 1),
     )
 

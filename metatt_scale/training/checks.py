@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from metatt_scale.adapter import ChainAdapter
 from metatt_scale.data import PreparedData
 from metatt_scale.recipe import Recipe
-from metatt_scale.training.checkpoint import Progress, list_checkpoints
+from metatt_scale.training.checkpoint import RunState, list_checkpoints
 
 
 def check_launch() -> None:
@@ -40,7 +40,7 @@ def check_resume(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def check_result(adapter: ChainAdapter, progress: Progress) -> None:
+def check_result(adapter: ChainAdapter, progress: RunState) -> None:
     """Refuse to hand over an adapter that learned nothing or is not finite."""
     if progress.target_tokens == 0:
         raise ValueError(

@@ -23,10 +23,12 @@ from metatt_scale.adapter import ChainAdapter
 from metatt_scale.data import BatchOrder, PreparedData, micro_batches, target_count
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
-from metatt_scale.training.checkpoint import Progress
+from metatt_scale.training.checkpoint import RunState
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib
 from metatt_scale.training.optimizer import clip, gradient_norm, learning_rate, make_optimizer
+
+_HALF_SCALE = 1024.0
 
 
 class TrainingStopped(Exception):
@@ -53,7 +55,7 @@ class Trainer:
     device: torch.device
     folder: Path
     console: Console
-    progress: Progress = field(default_factory=Progress)
+    progress: RunState = field(default_factory=RunState)
     best_cores: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -138,6 +140,8 @@ class Trainer:
         # Dropout is a pure function of (seed, step), so a resumed run draws the same masks.
         torch.manual_seed(dropout_seed(self.recipe.seed, step))
         loss_sum, length = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        # Half precision loses gradients below 6e-8: scale them up on their way, and down again in the fp32 cores.
+        scale = _HALF_SCALE if self.adapter.compute_dtype == torch.float16 else 1.0
         for batch in micro_batches(
             self.data.table,
             indices,
@@ -147,10 +151,14 @@ class Trainer:
             pad_token_id=self.pad_token_id,
         ):
             loss = token_loss_sum(self.model, batch, self.device)
-            (loss / tokens).backward()
+            (loss * (scale / tokens)).backward()
             loss_sum += loss.detach()
             length += int(batch.attention_mask_BS.sum())
         self.adapter.pull_back()
+        if scale != 1.0:
+            for core in self.adapter.cores:
+                if core.grad is not None:
+                    core.grad /= scale
         return loss_sum, length
 
     def _count(self, finite: bool, tokens: int) -> None:

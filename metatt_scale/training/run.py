@@ -115,10 +115,10 @@ def _resume(trainer: Trainer, console: Console) -> None:
             "use another output_dir, or bring them back"
         )
     here = (1, torch.get_num_threads())
-    if (snapshot.ranks, snapshot.threads) != here:
+    if (snapshot.world_size, snapshot.threads) != here:
         message = (
-            f"{path}: written with {snapshot.ranks} rank(s) of {snapshot.threads} thread(s), this run has {here[0]} "
-            f"of {here[1]}; the result will agree only to rounding"
+            f"{path}: written with {snapshot.world_size} rank(s) of {snapshot.threads} thread(s), this run has "
+            f"{here[0]} of {here[1]}; the result will agree only to rounding"
         )
         if recipe.training.resume == "exact":
             raise ValueError(f"{message} (training.resume is exact: set OMP_NUM_THREADS={snapshot.threads})")

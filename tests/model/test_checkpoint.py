@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from metatt_scale.files import sha256
 from metatt_scale.training import checkpoint, train
-from metatt_scale.training.checkpoint import DamagedCheckpointError, Progress
+from metatt_scale.training.checkpoint import DamagedCheckpointError, RunState
 from tests.tiny import randomise
 from tests.toy import make_trainer, quiet, said, snapshot, toy_recipe
 
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path):
     trainer = make_trainer(recipe)
     randomise(trainer.adapter)
     trainer._step()
-    progress = Progress(step=7, skipped=2, skipped_in_a_row=1, best_loss=0.1 + 0.2, best_step=3, target_tokens=99)
+    progress = RunState(step=7, skipped=2, skipped_in_a_row=1, best_loss=0.1 + 0.2, best_step=3, target_tokens=99)
     best = [torch.full_like(core, float(k)) for k, core in enumerate(trainer.adapter.cores)]
     taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest")
     folder = checkpoint.save(tmp_path / "checkpoints", taken, recipe, keep=2)
@@ -46,7 +46,7 @@ def test_round_trip(tmp_path):
         ["COMPLETE", "state.json", "state.safetensors"],
     )
     loaded = checkpoint.load(folder, recipe, trainer.adapter.spec.shapes)
-    assert loaded.progress == progress and (loaded.ranks, loaded.threads) == (1, torch.get_num_threads())
+    assert loaded.progress == progress and (loaded.world_size, loaded.threads) == (1, torch.get_num_threads())
     assert all(torch.equal(a, b) for a, b in zip(loaded.cores, trainer.adapter.cores, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(loaded.best_cores, best, strict=True))
 
@@ -65,7 +65,7 @@ def test_round_trip(tmp_path):
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     recipe = toy_recipe(tmp_path)
     trainer = make_trainer(recipe)
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, Progress(), [], "digest")
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), [], "digest")
     folder = checkpoint.save(tmp_path, taken, recipe, keep=2)
     loaded = checkpoint.load(folder, recipe, trainer.adapter.spec.shapes)
     assert loaded.moments == [{}] * 4 and loaded.best_cores == []
@@ -89,7 +89,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
 
 
 def save_at(root, recipe, trainer, step, keep=2):
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, Progress(step=step), [], "digest")
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(step=step), [], "digest")
     return checkpoint.save(root, taken, recipe, keep)
 
 

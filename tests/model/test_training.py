@@ -443,3 +443,18 @@ def test_the_last_step_is_always_in_the_metrics(tmp_path):
     write_toy(tmp_path)
     train(toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"}, logging={"every": 10}), quiet())
     assert [line["step"] for line in metrics(tmp_path / "run")] == [3]
+
+
+def test_half_precision_keeps_small_gradients(tmp_path):
+    """Without a scale, the gradients of a mean over many tokens fall below the smallest half-precision number."""
+    write_toy(tmp_path, n=600)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        trainer = make_trainer(toy_recipe(tmp_path, training={"batch_size": 512, "micro_batch_size": 64}), dtype)
+        randomise(trainer.adapter.float(), scale=0.1)
+        _, indices = trainer.order.global_batch(0)
+        trainer._accumulate(indices, 100_000, 0)  # a denominator as of a large batch
+        gradients.append(torch.cat([core.grad.flatten() for core in trainer.adapter.cores]))
+    assert trainer.adapter.compute_dtype == torch.float16
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert error < 2e-2, error  # half precision rounds to 5e-4; three layers and their softmaxes amplify it
