@@ -6,6 +6,7 @@ Each export is a whole folder with a model card, written beside and renamed into
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,7 +154,8 @@ def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str) -> list[str
             if score.key.get("fingerprint") in known:
                 for metric in score.samples:
                     mean, error = score.mean(metric), score.stderr(metric)
-                    rows.append(f"| {label} | {task} | {metric} | {mean:.4f} | {error:.4f} | {score.n} |")
+                    shown = f"{error:.4f}" if math.isfinite(error) else "-"
+                    rows.append(f"| {label} | {task} | {metric} | {mean:.4f} | {shown} | {score.n} |")
     if not rows:
         return ["No scores on record."]
     return ["## Scores", "", "| model | task | metric | score | ± | questions |", "|---|---|---|---|---|---|", *rows]

@@ -31,7 +31,7 @@ def task_progress(n_tasks: int) -> Iterator[StartTask]:
         def start(name: str, total: int | None) -> Advance:
             nonlocal started
             started += 1
-            progress.reset(bar, description=f"[bold]{started}/{n_tasks}[/] {name}", total=total)
+            progress.reset(bar, description=f"{started}/{n_tasks} {name}", total=total)
             return lambda count: progress.advance(bar, count)
 
         yield start

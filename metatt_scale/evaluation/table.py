@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from metatt_scale.evaluation.scores import TaskScore, paired_difference
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _GENERATED = "llm_adapters/"
 
@@ -24,9 +24,6 @@ def score_table(scores_by_label: Mapping[str, Mapping[str, TaskScore]]) -> Table
     Raises:
         ValueError: no labels, or no task that all labels have.
     """
-    from rich import box
-    from rich.table import Table
-
     labels = list(scores_by_label)
     common = [
         task
@@ -48,7 +45,7 @@ def score_table(scores_by_label: Mapping[str, Mapping[str, TaskScore]]) -> Table
     generated = [task for task in common if task.startswith(_GENERATED)]
     _add_part(table.add_row, table.add_section, harness, columns)
     if generated:
-        table.add_row("[italic]generated answers[/]")
+        table.add_row(Text("generated answers", style="italic"))
         _add_part(table.add_row, table.add_section, generated, columns)
     marked = any(column[task].metric == "acc_norm" for column in columns for task in harness)
     table.caption = "percent ± standard error" + ("; * the metric a task is usually reported by" if marked else "")
@@ -72,8 +69,10 @@ def _add_part(
         add_section()
         for metric in shown:
             if all(metric in column[task].samples for column in columns for task in tasks):
-                head = "[bold]average[/]" if metric == shown[0] else ""
-                add_row(head, "", metric, *(f"[bold]{cell}[/]" for cell in _cells(tasks, columns, metric)))
+                head = "average" if metric == shown[0] else ""
+                # Text and not markup: the command line's console takes brackets as they are, for paths hold them.
+                cells = (head, "", metric, *_cells(tasks, columns, metric))
+                add_row(*(Text(cell, style="bold") for cell in cells))
     if tasks:
         add_section()
 
@@ -87,6 +86,11 @@ def _cells(tasks: list[str], columns: list[Mapping[str, TaskScore]], metric: str
 
     singles = [average([(c[task].mean(metric), c[task].stderr(metric)) for task in tasks]) for c in columns]
     if len(columns) == 1:
-        return ["{:.1f} ± {:.1f}".format(*singles[0])]
+        return [_with_error("{:.1f}", *singles[0])]
     pairs = [paired_difference(columns[0][task], columns[-1][task], metric) for task in tasks]
-    return [*(f"{mean:.1f}" for mean, _ in singles), "{:+.1f} ± {:.1f}".format(*average(pairs))]
+    return [*(f"{mean:.1f}" for mean, _ in singles), _with_error("{:+.1f}", *average(pairs))]
+
+
+def _with_error(form: str, mean: float, error: float) -> str:
+    """Return a mean and its standard error, which a single question does not have."""
+    return form.format(mean) + (f" ± {error:.1f}" if math.isfinite(error) else "")

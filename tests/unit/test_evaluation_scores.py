@@ -91,7 +91,7 @@ def test_table_fits_80_columns() -> None:
     after = {task: score("1110" * 500, "1000" * 500, metric="acc_norm") for task in tasks}
     before |= {f"llm_adapters/{task}": score("1010" * 500) for task in tasks}
     after |= {f"llm_adapters/{task}": score("1010" * 500) for task in tasks}
-    console = Console(width=80)
+    console = Console(width=80, markup=False)
     with console.capture() as capture:
         console.print(score_table({"zero-shot": before, "fine-tuned": after}))
     text = capture.get()
@@ -110,6 +110,9 @@ def test_table_of_one_label_and_of_nothing() -> None:
         console.print(score_table({"zero-shot": {"piqa": score("1010")}}))
     assert "50.0 ± 28.9" in capture.get()
     assert "average" not in capture.get()
+    with console.capture() as capture:
+        console.print(score_table({"zero-shot": {"piqa": score("1")}}))
+    assert "100.0" in capture.get() and "nan" not in capture.get()  # a single question has no standard error
     for nothing in ({}, {"a": {"piqa": score("1")}, "b": {"boolq": score("1")}}):
         with pytest.raises(ValueError, match="no task"):
             score_table(nothing)
