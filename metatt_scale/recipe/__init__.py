@@ -8,6 +8,7 @@ from metatt_scale.recipe.schema import (
     DataSource,
     EvaluationRecipe,
     LoggingRecipe,
+    ParallelRecipe,
     Recipe,
     TrainingRecipe,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "DataSource",
     "EvaluationRecipe",
     "LoggingRecipe",
+    "ParallelRecipe",
     "Recipe",
     "RecipeError",
     "TrainingRecipe",

@@ -195,6 +195,46 @@ class TrainingRecipe(_Section):
         return self
 
 
+class ParallelRecipe(_Section):
+    """How several processes share one job; one process needs none of it."""
+
+    backbone: Literal["auto", "replicate", "fsdp2", "zero3"] = "auto"
+    """Who holds the frozen backbone. `replicate`: every rank all of it. `fsdp2`, `zero3`: each rank a shard, gathered
+    layer by layer. `auto` follows the launcher: `accelerate launch --use_fsdp` or `--use_deepspeed`, `deepspeed`;
+    else `replicate`."""
+    shard_size: int | Literal["world", "node"] = "world"
+    """Ranks that hold one copy of the backbone among them (FSDP2): all, those of a node, or so many (hybrid
+    sharding); every further group of as many holds a copy of its own."""
+    reshard_after_forward: bool = True
+    """Give a layer's gathered weights back after its forward and gather them again for its backward (FSDP2): less
+    memory, half as many bytes more on the wire."""
+    cpu_offload: bool = False
+    """Keep the shards in host memory and copy each layer to the GPU when it is due (FSDP2; ZeRO-3 has
+    ds_configs/zero3_offload_cpu.json)."""
+    deepspeed_config: str | None = Field(default=None, min_length=1)
+    """DeepSpeed JSON for `zero3` (see ds_configs/); values that are "auto" come from this recipe. That of the
+    launcher, or plain ZeRO-3, when absent."""
+    check_replicas_every: int = Field(default=100, ge=1)
+    """Steps between comparisons of the cores and moments of all ranks by hash; a difference stops the run."""
+    timeout_minutes: float = Field(default=10.0, gt=0, le=1440)
+    """A rank that waits longer than this for the others gives up and takes the job down."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelRecipe:
+        if isinstance(self.shard_size, int) and self.shard_size < 1:
+            raise ValueError(f"`shard_size` is {self.shard_size}; give a number of ranks from 1, `world` or `node`")
+        if self.deepspeed_config is not None and self.backbone in ("replicate", "fsdp2"):
+            raise ValueError(
+                f"`deepspeed_config` is set but `backbone` is {self.backbone}; set `backbone: zero3`, or leave it out"
+            )
+        if self.backbone in ("zero3", "replicate") and (self.cpu_offload or self.shard_size != "world"):
+            raise ValueError(
+                f"`cpu_offload` and `shard_size` are settings of fsdp2 but `backbone` is {self.backbone}; for zero3 "
+                "choose another `deepspeed_config`, or set `backbone: fsdp2`"
+            )
+        return self
+
+
 class EvaluationRecipe(_Section):
     """Scores after training."""
 
@@ -230,6 +270,7 @@ class Recipe(_Section):
     adapter: AdapterRecipe = AdapterRecipe()
     data: DataRecipe
     training: TrainingRecipe = TrainingRecipe()
+    parallel: ParallelRecipe = ParallelRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     logging: LoggingRecipe = LoggingRecipe()
 

@@ -1,0 +1,174 @@
+"""The ranks of a job, and what they tell each other about the cores.
+
+Where this process stands is read from the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK), never from a
+library's idea of it: on CPU hosts those differ, and two ranks could silently train two models. Every message is
+tensors and JSON, never pickled objects. A world of one process does all of this without a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+Message = tuple[Any, Mapping[str, Tensor]]
+"""Something JSON can hold, and named tensors."""
+
+_FINE, _FAILED = 0, 1
+
+
+class OtherRankError(Exception):
+    """Another rank failed and tells its own error; this one only stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The place of this process among those of the job."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Rank among the processes of this node."""
+    local_size: int = 1
+    """Processes on this node."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints, writes and decides for all."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Replace `values` by the sum over all ranks, in place, and return it: one all-reduce."""
+        if dist.is_initialized() and self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return (ranks, *shape): the `values` of every rank, which have one shape everywhere."""
+        rows = values.new_zeros((self.size, *values.shape))
+        rows[self.rank] = values
+        return self.sum(rows)  # the same collective on every backend and version
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def from_first(self, compute: Callable[[], Message]) -> Message:
+        """Run `compute` on rank 0 alone and return its result on every rank (tensors on the CPU).
+
+        A header (status, length) travels first, then one flat payload.
+
+        Raises:
+            OtherRankError: rank 0 raised; the message is its error's text. Rank 0 raises the error itself.
+        """
+        if self.size == 1:
+            return compute()
+        failure: Exception | None = None
+        payload = b""
+        if self.is_first:
+            try:
+                value, tensors = compute()
+                payload = safetensors.torch.save(
+                    {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"json": json.dumps(value)}
+                )
+            except Exception as error:
+                failure, payload = error, f"{type(error).__name__}: {error}".encode()
+        header = torch.tensor([_FINE if failure is None else _FAILED, len(payload)], device=self.device)
+        dist.broadcast(header, 0)
+        status, length = header.tolist()
+        flat = torch.empty(length, dtype=torch.uint8, device=self.device)
+        if self.is_first:
+            flat.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(flat, 0)
+        if failure is not None:
+            raise failure
+        received = flat.cpu().numpy().tobytes()
+        if status == _FAILED:
+            raise OtherRankError(f"rank 0 failed: {received.decode()}")
+        return _unpack(received)
+
+    def on_first(self, act: Callable[[], Any]) -> None:
+        """Run `act` on rank 0 while the others wait for it.
+
+        Raises:
+            OtherRankError: it raised there; rank 0 raises the error itself.
+        """
+
+        def compute() -> Message:
+            act()
+            return None, {}
+
+        self.from_first(compute)
+
+
+def _unpack(received: bytes) -> Message:
+    length = int.from_bytes(received[:8], "little")
+    header = json.loads(received[8 : 8 + length])
+    return json.loads(header["__metadata__"]["json"]), safetensors.torch.load(received)
+
+
+def place_in_world() -> tuple[int, int]:
+    """Return (rank, world size) as the launcher has set them; (0, 1) where none has."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def join(device: torch.device, timeout: timedelta, *, group: bool = False) -> Iterator[World]:
+    """Meet the other ranks of the job, and leave them at the end of the `with` block.
+
+    Args:
+        device: this rank's device.
+        timeout: after which a rank that waits for the others gives up.
+        group: make a process group even for one process (sharding engines want one).
+
+    Raises:
+        ValueError: the launcher's environment is incomplete, or the group has another size than it says.
+    """
+    rank, size = place_in_world()
+    if size == 1 and not group:
+        yield World(device=device)
+        return
+    if size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; start with "
+            "accelerate launch, torchrun or deepspeed"
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=_store(rank, size, timeout))
+    try:
+        if dist.get_world_size() != size:
+            raise ValueError(
+                f"the launcher says {size} ranks but the process group has {dist.get_world_size()}; "
+                "each would train a model of its own"
+            )
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> Store:
+    """Return the key-value store through which ranks find each other.
+
+    Under torchrun the agent serves one store for all attempts: a prefix per attempt keeps the addresses of ranks that
+    died out of the next one.
+    """
+    if size == 1:
+        return HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+    store = TCPStore(address, port, size, is_master=not served and rank == 0, timeout=timeout)
+    return PrefixStore(f"attempt {attempt}", store)
