@@ -8,7 +8,6 @@ that needs them, after its arguments and recipe are checked.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,9 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from metatt_scale import __version__
-from metatt_scale.recipe import EvaluationRecipe, load_recipe
+from metatt_scale.plan.command import add_arguments as add_plan_arguments
+from metatt_scale.plan.command import run as run_plan
+from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +37,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("METATT_DEBUG"):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        # What is wrong with arguments or recipe every process finds: one per node tells it.
+        if not isinstance(error, RecipeError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error{_which_rank()}: {_message(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        why = _told_elsewhere(error)
+        if why is None or os.environ.get("METATT_DEBUG"):
+            raise
+        if why:
+            print(f"error{_which_rank()}: {why}", file=sys.stderr)
+        return 2
+
+
+def _which_rank() -> str:
+    """Return where an error happened, for the jobs that have more than one place."""
+    return "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" on rank {os.environ.get('RANK')}"
+
+
+def _told_elsewhere(error: RuntimeError) -> str | None:
+    """Return what to say of an error whose cause another rank tells ("" if nothing); None for all others."""
+    from torch import distributed
+
+    from metatt_scale.parallel import OtherRankError
+
+    if isinstance(error, OtherRankError):
+        return ""
+    if isinstance(error, distributed.DistError) or "gloo" in str(error):
+        reason = str(error).splitlines()[0]
+        return f"a collective failed, so another rank is gone or waited too long; its own error tells why ({reason})"
+    return None
+
+
+def _one_process(command: str) -> None:
+    """Refuse several processes for what one does: each would do all of it."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ValueError(
+            f"started as one of {world} processes (WORLD_SIZE), but `{command}` works in one; start it with python"
+        )
 
 
 def _message(error: Exception) -> str:
@@ -61,7 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see `{self.prog} --help`")
+        raise RecipeError(f"{message}; see `{self.prog} --help`")
 
 
 def _quiet_libraries() -> None:
@@ -72,6 +110,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed sets its level when it loads, so here a filter.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", ".torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)  # PEFT asks transformers for it
 
 
@@ -88,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
 
-    plan = commands.add_parser("plan", help="count what a recipe trains, without weights or GPU")
+    plan = commands.add_parser("plan", help="what a recipe trains and takes, without weights or GPU")
     _add_recipe(plan)
-    plan.add_argument("--json", action="store_true", help="print JSON")
+    add_plan_arguments(plan)
     plan.set_defaults(run=_plan)
 
     generate = commands.add_parser("generate", help="let a run continue a prompt")
@@ -160,7 +199,8 @@ def _backbone(options: Namespace) -> dict[str, object]:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    return Console(markup=False, stderr=stderr)  # paths may hold brackets
+    """Return where progress goes; only the first rank of a job shows any."""
+    return Console(markup=False, stderr=stderr, quiet=os.environ.get("RANK", "0") != "0")  # paths may hold brackets
 
 
 def _train(options: Namespace) -> int:
@@ -171,7 +211,8 @@ def _train(options: Namespace) -> int:
     try:
         run = train(recipe, console)
     except TrainingStopped as stop:
-        print(str(stop), file=sys.stderr)
+        if not console.quiet:
+            print(str(stop), file=sys.stderr)
         return stop.exit_code
     console.print(
         f"next: metatt-scale evaluate {run.folder}, metatt-scale export {run.folder} --to lora", soft_wrap=True
@@ -209,6 +250,7 @@ def _evaluation_settings(options: Namespace, recipe: EvaluationRecipe) -> Evalua
 
 
 def _export(options: Namespace) -> int:
+    _one_process("export")
     from metatt_scale.export import export
 
     export(
@@ -224,20 +266,12 @@ def _export(options: Namespace) -> int:
 
 
 def _plan(options: Namespace) -> int:
-    recipe = load_recipe(options.recipe, options.overrides)
-    from metatt_scale.plan import plan
-
-    counts = plan(recipe)
-    if options.json:
-        print(json.dumps(counts, indent=2))
-    else:
-        for key, value in counts.items():
-            shown = f"{value:,}" if isinstance(value, int) else value
-            print(f"{key:24} {shown}")
-    return 0
+    _one_process("plan")
+    return run_plan(load_recipe(options.recipe, options.overrides), options, _console())
 
 
 def _generate(options: Namespace) -> int:
+    _one_process("generate")
     from metatt_scale.evaluation.generate import generate
     from metatt_scale.reopen import reopen
 
@@ -248,6 +282,7 @@ def _generate(options: Namespace) -> int:
 
 
 def _benchmark(options: Namespace) -> int:
+    _one_process("benchmark")
     recipe = load_recipe(options.recipe, options.overrides)
     for name, least in (("examples", 1), ("length", 2), ("repeats", 1)):
         if getattr(options, name) < least:
@@ -260,6 +295,7 @@ def _benchmark(options: Namespace) -> int:
 
 
 def _quickstart(options: Namespace) -> int:
+    _one_process("quickstart")
     from metatt_scale.quickstart import quickstart
     from metatt_scale.training import TrainingStopped
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale.adapter import ChainAdapter, load_adapter, read_description
-from metatt_scale.backbone import identity, load_backbone, load_tokenizer, pick_device
+from metatt_scale.backbone import Engine, identity, load_backbone, load_tokenizer, pick_device
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training import TrainedRun
 
@@ -98,19 +98,25 @@ def fingerprint(recipe: Recipe, adapter_sha256: str | None) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def reopen(path: str | Path, console: Console, backbone: Mapping[str, Any] | None = None) -> Reopened:
+def reopen(
+    path: str | Path,
+    console: Console,
+    backbone: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+) -> Reopened:
     """Load backbone, tokenizer and adapter of a run.
 
     Args:
         path: run directory or adapter folder.
         console: where the wait is shown.
         backbone: keys of the recipe's `backbone` section to replace, for example its `path` on this machine.
+        engine: what shards the backbone over the ranks; this process holds all of it when absent.
     """
     folder = adapter_folder(path)
     description, recipe = read_recipe(folder, backbone)
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
-        model = load_backbone(recipe.backbone, pick_device(), recipe.seed)
+        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine)
     adapter = load_adapter(folder, model)
     return Reopened(
         model=model, tokenizer=tokenizer, adapter=adapter, recipe=recipe, description=description, folder=folder

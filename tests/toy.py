@@ -11,6 +11,7 @@ from rich.console import Console
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import byte_tokenizer, load_backbone
 from metatt_scale.data import prepare
+from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training.loop import Trainer
 
@@ -91,7 +92,7 @@ def make_trainer(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainer:
         data=prepare(recipe.data, tokenizer, recipe.seed),
         inputs="digest",
         pad_token_id=0,
-        device=CPU,
+        world=World(device=CPU),
         folder=Path(recipe.output_dir),
         console=quiet(),
     )

@@ -10,11 +10,14 @@ from metatt_scale.backbone.loading import (
 from metatt_scale.backbone.quantised import quantise, quantised_linear
 from metatt_scale.backbone.source import Source, identity, resolve
 from metatt_scale.backbone.tokenizer import byte_tokenizer, load_tokenizer
+from metatt_scale.backbone.units import Engine, find_units
 
 __all__ = [
+    "Engine",
     "Source",
     "byte_tokenizer",
     "enable_checkpointing",
+    "find_units",
     "identity",
     "load_backbone",
     "load_skeleton",

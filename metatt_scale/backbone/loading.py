@@ -1,25 +1,36 @@
 """From a recipe to a frozen model, or to its module tree without weights.
 
 `load_backbone` gives a model whose linear layers are Linear, bitsandbytes Linear4bit or Linear8bitLt, or GPT-2's
-Conv1D, on one device, with nothing that asks for a gradient. `load_skeleton` gives the same module tree
-without any weights, for counting.
+Conv1D, whole on one device or sharded by an engine, with nothing that asks for a gradient. `load_skeleton` gives the
+same module tree without any weights, for counting.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from metatt_scale.backbone.quantised import quantise
+from metatt_scale.backbone.checkpoint import Checkpoint, Unfit, fetch
+from metatt_scale.backbone.quantised import check_shardable
 from metatt_scale.backbone.source import Source, first_line, resolve, why_not
+from metatt_scale.backbone.units import Engine, Weights, bring_in
 from metatt_scale.recipe import BackboneRecipe
 from metatt_scale.recipe.architectures import architecture_file
 
@@ -37,27 +48,44 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def load_backbone(recipe: BackboneRecipe, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """Load, quantise and freeze the model of a recipe.
+def load_backbone(
+    recipe: BackboneRecipe, device: torch.device, seed: int = 0, engine: Engine | None = None
+) -> PreTrainedModel:
+    """Load, quantise and freeze the model of a recipe, whole or (with an engine) one shard of it.
+
+    With an engine no process holds more than its shard and about two layers at any time: the model starts as shapes
+    on the meta device, and each layer is filled from its safetensors, quantised and sharded before the next one. A
+    GGUF file is the exception: transformers unpacks it whole in every process, and then it is cut.
+
+    Args:
+        recipe: what to load and how to store it.
+        device: where this process computes.
+        seed: of random weights, which follow from it and their module's path alone.
+        engine: cuts the model among processes; all of them call this together.
 
     Raises:
-        ValueError: nothing loadable at `backbone.path`, or an option this machine cannot serve.
+        ValueError: nothing loadable at `backbone.path`, or an option this machine or the engine cannot serve.
     """
+    if engine is not None:
+        check_shardable(recipe)
     source = resolve(recipe.path)
     attention = pick_attention(recipe.attention, device, recipe.dtype)
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype), "attn_implementation": attention}
+    weights: Weights | None = None
     if source.kind == "random":
-        torch.manual_seed(seed)
-        model = _build(_random_config(source), **options)
-    else:
+        with torch.device("meta"):
+            model = _build(_random_config(source), **options)
+        weights = Weights(model, None, seed)
+    elif engine is None or source.kind == "gguf":
         model = _load_weights(recipe, source, options)
-    model.requires_grad_(False)
-    if recipe.quantization != "none":
-        quantise(model, recipe, device)
-    model.to(device)  # type: ignore[arg-type]
+    else:
+        model, weights = _open_weights(recipe, source, options, seed)
+    bring_in(model, weights, recipe, device, engine)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
     model.eval()
+    if engine is not None:
+        engine.finish(model)
     return model
 
 
@@ -81,46 +109,68 @@ def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
 
 
 def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any]) -> PreTrainedModel:
-    path = recipe.path
+    """Load the whole model through transformers."""
     auto: Any = AutoModelForCausalLM
     # Told to go on, transformers lists what does not fit, and `_check_complete` refuses it by name.
     options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
+    with _one_message(recipe, source):
         if source.kind == "gguf":
             options |= _gguf_options(source)
         else:
             options |= {"use_safetensors": True, "trust_remote_code": recipe.trust_remote_code}
             if recipe.revision:
                 options["revision"] = recipe.revision
-            config = _read_config(recipe, source)
-            if getattr(config, "quantization_config", None) is not None:
-                raise _Unfit(
-                    "its weights are quantised already; give the unquantised model, which backbone.quantization packs"
-                )
-            auto = _model_class(config)
+            auto = _model_class(_unquantised_config(recipe, source))
         model, report = auto.from_pretrained(source.location, **options)
-        _check_complete(model, report)
-    except _Unfit as error:
-        raise ValueError(f"backbone.path {path!r}: {error}") from None
-    except _LOADING_ERRORS as error:
-        raise ValueError(why_not(path, source, error)) from None
+        _check_complete(model, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if source.kind == "gguf":
         _clear_quantisation_mark(model)
     return model
 
 
-class _Unfit(Exception):
-    """A model that loads but is not what training needs."""
+def _open_weights(
+    recipe: BackboneRecipe, source: Source, options: dict[str, Any], seed: int
+) -> tuple[PreTrainedModel, Weights]:
+    """Return the model as shapes, and what fills it from safetensors."""
+    with _one_message(recipe, source):
+        config = _unquantised_config(recipe, source)
+        folder = fetch(recipe, source)
+        with torch.device("meta"):
+            model = _build(config, trust_remote_code=recipe.trust_remote_code, **options)
+        checkpoint = Checkpoint(folder, model)
+        _check_complete(model, checkpoint.absent)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, Weights(model, checkpoint, seed)
 
 
-def _check_complete(model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse weights that transformers would fill with random numbers; only an encoder's head may be absent."""
-    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+@contextlib.contextmanager
+def _one_message(recipe: BackboneRecipe, source: Source) -> Iterator[None]:
+    """Turn what libraries raise while loading into one ValueError that names the cause and the remedy."""
+    try:
+        yield
+    except Unfit as error:
+        raise ValueError(f"backbone.path {recipe.path!r}: {error}") from None
+    except _LOADING_ERRORS as error:
+        raise ValueError(why_not(recipe.path, source, error)) from None
+
+
+def _unquantised_config(recipe: BackboneRecipe, source: Source) -> PreTrainedConfig:
+    config = _read_config(recipe, source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise Unfit(
+            "its weights are quantised already; give the unquantised model, which backbone.quantization packs"
+        )
+    return config
+
+
+def _check_complete(model: PreTrainedModel, absent: set[str]) -> None:
+    """Refuse weights that would be filled with random numbers; only an encoder's head may be absent."""
     if model.config.model_type in _ENCODERS:
         absent = {name for name in absent if name.startswith(model.base_model_prefix + ".")}
     if absent:
         shown = ", ".join(sorted(absent)[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
-        raise _Unfit(
+        raise Unfit(
             f"the files lack {shown} (or have it in another shape than config.json says), and random numbers would "
             "take its place; fetch or save the model again"
         )

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metatt_scale.recipe import BackboneRecipe
@@ -20,11 +20,24 @@ _BLOCK = 64
 the packing does not: at a width of 32 or 96 the unpacked weights are off by a fifth and more."""
 
 
+_PIECE = 1 << 20
+"""Weights that are quantised at once: a whole number of blocks and of bytes."""
+
+
 def quantise(model: PreTrainedModel, recipe: BackboneRecipe, device: torch.device) -> None:
     """Replace every linear of the layers by its bitsandbytes form, one at a time (the output head stays).
 
     Raises:
         ValueError: a model whose linears cannot be quantised (GPT-2's Conv1D).
+    """
+    pack(model, linears_to_pack(model, recipe, device), recipe, device)
+
+
+def linears_to_pack(model: PreTrainedModel, recipe: BackboneRecipe, device: torch.device) -> list[str]:
+    """Return the paths of the linears that `backbone.quantization` is about; the model may be on the meta device.
+
+    Raises:
+        ValueError: there is none (GPT-2's Conv1D), or one that bitsandbytes computes wrongly with.
     """
     heads = {id(module) for module in (model.get_output_embeddings(),) if module is not None}
     linears = [
@@ -38,14 +51,41 @@ def quantise(model: PreTrainedModel, recipe: BackboneRecipe, device: torch.devic
             "its layers; use quantization: none"
         )
     for path, linear in linears:
-        parent, _, name = path.rpartition(".")
         if recipe.quantization != "int8" and device.type == "cpu" and linear.in_features % _BLOCK:
             raise ValueError(
                 f"backbone.quantization is {recipe.quantization}, but {path} is {linear.in_features} wide: on a CPU "
                 f"bitsandbytes unpacks 4-bit weights wrongly unless the input width is a multiple of {_BLOCK}; use "
                 "int8 or none"
             )
+    return [path for path, _ in linears]
+
+
+def pack(model: PreTrainedModel, paths: list[str], recipe: BackboneRecipe, device: torch.device) -> None:
+    """Replace the linears at these paths by their bitsandbytes form, one at a time."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
         setattr(model.get_submodule(parent), name, quantised_linear(linear, recipe, device))
+
+
+def check_shardable(recipe: BackboneRecipe) -> None:
+    """Refuse quantised weights that no sharding engine can cut and gather.
+
+    Raises:
+        ValueError: int8, or packed bytes under another type than that of the unquantised weights.
+    """
+    if recipe.quantization == "int8":
+        raise ValueError(
+            "backbone.quantization is int8, whose layers keep their weights outside the parameters that FSDP2 and "
+            "ZeRO-3 shard; use nf4 or none, or set parallel.backbone: replicate"
+        )
+    if recipe.quantization != "none" and recipe.quant_storage != recipe.dtype:
+        raise ValueError(
+            f"backbone.quant_storage is {recipe.quant_storage} and backbone.dtype is {recipe.dtype}, but FSDP2 and "
+            f"ZeRO-3 gather a layer in one float type; set backbone.quant_storage: {recipe.dtype}, or "
+            "parallel.backbone: replicate"
+        )
 
 
 def quantised_linear(linear: nn.Linear, recipe: BackboneRecipe, device: torch.device) -> nn.Linear:
@@ -69,17 +109,44 @@ def quantised_linear(linear: nn.Linear, recipe: BackboneRecipe, device: torch.de
     if recipe.quantization == "int8":
         packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
     else:
+        data, state = _quantise_in_pieces(weight, recipe, device)
         packed.weight = bnb.nn.Params4bit(
-            weight,
+            data,
             requires_grad=False,
+            quant_state=state,
             quant_type=recipe.quantization,
             compress_statistics=recipe.double_quantization,
-            quant_storage=getattr(torch, recipe.quant_storage),
+            quant_storage=data.dtype,
             module=packed,
-        ).to(device)
+            bnb_quantized=True,
+        )
+        packed.quant_state = state  # engines replace the weight; what it stands for is found here
         # On CPUs with avx512_bf16 the layer repacks its weight in place the first time it runs in eval mode under
         # no_grad, and every later training step computes with damaged weights. Keep the general path.
         packed.support_avx512bf16_for_cpu = False  # type: ignore[attr-defined]
     if has_bias:
         packed.bias = nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
     return packed
+
+
+def _quantise_in_pieces(weight: Tensor, recipe: BackboneRecipe, device: torch.device) -> tuple[Tensor, Any]:
+    """Return a weight's packed bytes and quant state, bit for bit those of quantising it at once.
+
+    Quantising needs several times the memory of what it quantises; pieces keep that small beside one layer.
+    """
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    storage = getattr(torch, recipe.quant_storage)
+    packed, scales, state = [], [], None
+    for piece in weight.reshape(-1).split(_PIECE):
+        data, state = functional.quantize_4bit(
+            piece.to(device), blocksize=_BLOCK, quant_type=recipe.quantization, quant_storage=storage
+        )
+        packed.append(data)
+        scales.append(state.absmax)
+    assert state is not None
+    state.shape, state.absmax = weight.shape, torch.cat(scales)
+    if recipe.double_quantization:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=256)
+        state.nested = True
+    return torch.cat(packed), state

@@ -1,14 +1,12 @@
 """Scores of a loaded model: lm-evaluation-harness tasks and LLM-Adapters' generated answers."""
 
 from metatt_scale.evaluation.harness import evaluate
-from metatt_scale.evaluation.llm_adapters import evaluate_llm_adapters
 from metatt_scale.evaluation.scores import TaskScore, paired_difference, read_scores
 from metatt_scale.evaluation.table import score_table
 
 __all__ = [
     "TaskScore",
     "evaluate",
-    "evaluate_llm_adapters",
     "paired_difference",
     "read_scores",
     "score_table",

@@ -29,8 +29,12 @@ def continue_tokens(
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
+    *,
+    in_step: bool = False,
 ) -> list[str]:
     """Return the text that follows each prompt of one left-padded batch (B = prompts, T = tokens of the longest).
+
+    `in_step` keeps all ranks of a job at it until the last one has finished its text: a sharded model needs them.
 
     Raises:
         ValueError: an empty prompt, no room for a new token, or a negative temperature.
@@ -65,7 +69,9 @@ def continue_tokens(
         eos_token_id=eos,
     )
     with evaluation_mode(model), torch.no_grad():
-        output = model.generate(input_ids=tokens_BT, attention_mask=mask_BT, generation_config=config)  # type: ignore[operator]
+        output = model.generate(  # type: ignore[operator]
+            input_ids=tokens_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=in_step
+        )
     texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return [str(text) for text in texts]
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metatt_scale.evaluation import tasks as definitions
 from metatt_scale.evaluation.generate import evaluation_mode
-from metatt_scale.evaluation.llm_adapters import PREFIX, evaluate_llm_adapters, task_keys
-from metatt_scale.evaluation.progress import quiet_harness, task_progress
-from metatt_scale.evaluation.scores import Key, TaskScore, finished, package_version, record
+from metatt_scale.evaluation.llm_adapters import PREFIX, generated_answers, read_questions, task_keys
+from metatt_scale.evaluation.progress import StartTask, quiet_harness, task_progress
+from metatt_scale.evaluation.scores import (
+    Key,
+    TaskScore,
+    finished,
+    package_version,
+    record,
+    score_from_json,
+    score_to_json,
+)
+from metatt_scale.parallel import Message, World
 from metatt_scale.recipe import EvaluationRecipe
 
 if TYPE_CHECKING:
@@ -30,66 +40,77 @@ def evaluate(
     label: str,
     fingerprint: str,
     *,
+    world: World | None = None,
     tasks_folder: Path | None = None,
 ) -> dict[str, TaskScore]:
     """Score `model` on the tasks of `settings` and return {task: score} in their order.
 
     Everything is checked before the first question is asked. After each task the results file is replaced, so an
     evaluation that was killed goes on with the task it was in. Tasks named `llm_adapters/NAME` are scored by
-    generated answers. Under several ranks every rank must call this (a sharded model needs them all); the first
-    one writes. Neither the random generators nor the modes of the modules are changed.
+    generated answers. Under several ranks every rank must call this: they share the batches of each task, and the
+    first one reads and writes the results file. Neither the random generators nor the modules' modes are changed.
 
     Args:
-        model: causal language model, adapted or not, in any precision.
+        model: causal language model, adapted or not, in any precision, whole or sharded.
         tokenizer: its tokenizer (not changed).
         settings: tasks, data folder, limit, batch size.
         results: JSON file that scores are kept in.
         label: name under which this model's scores are kept, for example "zero-shot".
         fingerprint: identifies backbone and adapter; another one makes old scores void.
+        world: the ranks of the job; this process alone when absent.
         tasks_folder: task files in the harness's format; `recipes/tasks` of the checkout when absent.
 
     Raises:
         ValueError: unknown task, missing or broken data, unreachable hub.
     """
-    results = Path(results)
+    results, world = Path(results), world or World(device=model.device)
     wanted = list(dict.fromkeys(settings.tasks))
-    generated = tuple(task for task in wanted if task.startswith(PREFIX))
-    keys = {task: _key(task, settings, fingerprint, tasks_folder) for task in wanted if not task.startswith(PREFIX)}
-    # Missing data of the generated answers is to be told now, not after hours of the other tasks.
-    task_keys(generated, settings, fingerprint)
-    scores = finished(results, label, keys)
-    pending = {task: key for task, key in keys.items() if task not in scores}
-    if pending:
-        scores |= _score_pending(model, tokenizer, settings, results, label, pending, tasks_folder)
-    if generated:
-        only = settings.model_copy(update={"tasks": generated})
-        scores |= evaluate_llm_adapters(model, tokenizer, only, results, label, fingerprint)
+    generated = [task for task in wanted if task.startswith(PREFIX)]
+    keys = task_keys(generated, settings, fingerprint)
+    keys |= {task: _key(task, settings, fingerprint, tasks_folder) for task in wanted if task not in keys}
+    scores = _known(results, label, keys, world)
+    pending = [task for task in wanted if task not in scores]
+    with quiet_harness(), task_progress(len(pending), shown=world.is_first) as start, evaluation_mode(model):
+        jobs = {task: _job(task, model, tokenizer, settings, world, tasks_folder) for task in pending}
+        for task, (metric, answer) in jobs.items():
+            begin = time.perf_counter()
+            samples = answer(start)
+            seconds = round(time.perf_counter() - begin, 3)
+            scores[task] = score = TaskScore(metric=metric, samples=samples, key=keys[task], seconds=seconds)
+            world.on_first(functools.partial(record, results, label, task, score))
+            logger.info("%s: %s %.4f", task, metric, score.mean(metric))
     return {task: scores[task] for task in wanted}
 
 
-def _score_pending(
+Answer = Callable[[StartTask], dict[str, str]]
+"""Asks a task's questions; returns per metric one "0" or "1" a question."""
+
+
+def _known(results: Path, label: str, keys: Mapping[str, Key], world: World) -> dict[str, TaskScore]:
+    """Return the scores that rank 0 finds in the results file."""
+
+    def read() -> Message:
+        return {task: score_to_json(score) for task, score in finished(results, label, keys).items()}, {}
+
+    return {task: score_from_json(entry) for task, entry in world.from_first(read)[0].items()}
+
+
+def _job(
+    task: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationRecipe,
-    results: Path,
-    label: str,
-    keys: Mapping[str, Key],
+    world: World,
     folder: Path | None,
-) -> dict[str, TaskScore]:
-    """Score the tasks of `keys`, keeping each in the results file as soon as it is done."""
-    scores = {}
-    with quiet_harness():
-        built = {task: definitions.build_task(task, settings.data, settings.limit, folder) for task in keys}
-        with evaluation_mode(model), task_progress(len(keys)) as start:
-            for task, (harness_task, metric) in built.items():
-                begin = time.perf_counter()
-                samples = _answers(model, tokenizer, task, harness_task, settings, start)
-                seconds = round(time.perf_counter() - begin, 3)
-                score = TaskScore(metric=metric, samples=samples, key=keys[task], seconds=seconds)
-                record(results, label, task, score)
-                logger.info("%s: acc %.4f, acc_norm %.4f", task, score.mean("acc"), score.mean("acc_norm"))
-                scores[task] = score
-    return scores
+) -> tuple[str, Answer]:
+    """Return the metric a task is reported by, and what asks its questions."""
+    if task.startswith(PREFIX):
+        records = read_questions(task, settings)
+        return "acc", lambda start: generated_answers(
+            model, tokenizer, records, settings.batch_size, world, start(task, len(records))
+        )
+    harness_task, metric = definitions.build_task(task, settings.data, settings.limit, folder)
+    return metric, lambda start: _answers(model, tokenizer, task, harness_task, settings, world, start)
 
 
 def _key(task: str, settings: EvaluationRecipe, fingerprint: str, folder: Path | None) -> Key:
@@ -108,7 +129,8 @@ def _answers(
     task: str,
     harness_task: Any,
     settings: EvaluationRecipe,
-    start: Any,
+    world: World,
+    start: StartTask,
 ) -> dict[str, str]:
     """Return per metric one "0" or "1" a question."""
     # Not `simple_evaluate`: it seeds the global generators and collects a report of the environment every time.
@@ -120,7 +142,8 @@ def _answers(
     n_asked = min(n_questions, settings.limit or n_questions)
     n_choices = len(harness_task.doc_to_choice(harness_task.eval_docs[0]))
     # The harness gives a tokenizer that has none a padding token: let it do so to a copy.
-    scorer = Scorer(model, copy.deepcopy(tokenizer), settings.batch_size, start(task, n_asked * n_choices))
+    advance = start(task, n_asked * n_choices)
+    scorer = Scorer(model, copy.deepcopy(tokenizer), settings.batch_size, world, advance)
     output: Any = run_harness(
         lm=scorer,
         task_dict={"tasks": {task: harness_task}},

@@ -9,17 +9,18 @@ on from where the answer's first token starts (see `_prompt_tokens`).
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from metatt_scale.data.records import Record
 from metatt_scale.data.templates import llm_adapters_prompt
 from metatt_scale.evaluation.generate import continue_tokens
-from metatt_scale.evaluation.progress import Advance, task_progress
-from metatt_scale.evaluation.scores import Key, TaskScore, finished, package_version, record
+from metatt_scale.evaluation.progress import Advance
+from metatt_scale.evaluation.scores import Key, package_version
 from metatt_scale.evaluation.tasks import data_file, data_key, read_records
+from metatt_scale.parallel import World
 from metatt_scale.recipe import EvaluationRecipe
 
 if TYPE_CHECKING:
@@ -37,38 +38,6 @@ _FAMILIES = (
     ("ending1", "ending2", "ending3", "ending4"),
     ("option1", "option2"),
 )
-
-
-def evaluate_llm_adapters(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EvaluationRecipe,
-    results: Path,
-    label: str,
-    fingerprint: str,
-) -> dict[str, TaskScore]:
-    """Score the tasks `llm_adapters/NAME` of `settings`, from `NAME.jsonl[.gz]` in its data folder.
-
-    Records are {instruction, input, answer}. A score has the metrics `acc` and `unparsable` (outputs without an
-    admissible label, which also count as wrong). Results are kept and reused as by `evaluate`, which passes such
-    tasks on to here; other tasks of `settings` are ignored.
-
-    Raises:
-        ValueError: no data folder, missing or broken data.
-    """
-    results = Path(results)
-    wanted = tuple(task for task in dict.fromkeys(settings.tasks) if task.startswith(PREFIX))
-    keys = task_keys(wanted, settings, fingerprint)
-    scores = finished(results, label, keys)
-    pending = {task: _questions(task, settings) for task in wanted if task not in scores}
-    with task_progress(len(pending)) as start:
-        for task, records in pending.items():
-            begin = time.perf_counter()
-            samples = _answers(model, tokenizer, records, settings.batch_size, start(task, len(records)))
-            seconds = round(time.perf_counter() - begin, 3)
-            scores[task] = TaskScore(metric="acc", samples=samples, key=keys[task], seconds=seconds)
-            record(results, label, task, scores[task])
-    return {task: scores[task] for task in wanted}
 
 
 def task_keys(tasks: Sequence[str], settings: EvaluationRecipe, fingerprint: str) -> dict[str, Key]:
@@ -112,7 +81,12 @@ def extract_answer(text: str, labels: Sequence[str]) -> str | None:
     return found.group() if found else None
 
 
-def _questions(task: str, settings: EvaluationRecipe) -> list[Record]:
+def read_questions(task: str, settings: EvaluationRecipe) -> list[Record]:
+    """Return the records {instruction, input, answer} of a task, from `NAME.jsonl[.gz]` in the data folder.
+
+    Raises:
+        ValueError: missing or broken data.
+    """
     assert settings.data is not None
     file = data_file(settings.data, task.removeprefix(PREFIX))
     records = read_records(file)[: settings.limit]
@@ -139,25 +113,32 @@ def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]
     return [token for token, end in zip(encoding["input_ids"], ends, strict=True) if end <= len(prompt)]
 
 
-def _answers(
+def generated_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: list[Record],
     batch_size: int,
+    world: World,
     advance: Advance,
 ) -> dict[str, str]:
-    """Return per metric one "0" or "1" a question, in the order of the records."""
+    """Return per metric one "0" or "1" a question, in the order of the records.
+
+    The metrics are `acc`, and `unparsable` for outputs without an admissible label, which also count as wrong. The
+    ranks take the batches in turn; where one has none left it repeats the first, as a sharded model needs them all.
+    """
     prompts = [_prompt_tokens(tokenizer, llm_adapters_prompt(r["instruction"], r.get("input"))) for r in records]
     # Prompts of like length share a batch: less padding. The longest come first, so memory runs out early if ever.
     order = sorted(range(len(records)), key=lambda i: -len(prompts[i]))
-    found: list[str | None] = [None] * len(records)
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        texts = continue_tokens(model, tokenizer, [prompts[i] for i in batch], MAX_NEW_TOKENS)
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    outcome_2N = torch.zeros(2, len(records), dtype=torch.int64)  # right, unparsable
+    for first in range(0, len(batches), world.size):
+        mine = first + world.rank
+        batch = batches[mine if mine < len(batches) else 0]
+        texts = continue_tokens(model, tokenizer, [prompts[i] for i in batch], MAX_NEW_TOKENS, in_step=world.size > 1)
         for i, text in zip(batch, texts, strict=True):
-            found[i] = extract_answer(text, admissible_labels(records[i]["answer"]))
-        advance(len(batch))
-    return {
-        "acc": "".join(str(int(a == r["answer"])) for a, r in zip(found, records, strict=True)),
-        "unparsable": "".join(str(int(answer is None)) for answer in found),
-    }
+            if mine < len(batches):
+                found = extract_answer(text, admissible_labels(records[i]["answer"]))
+                outcome_2N[:, i] = torch.tensor([found == records[i]["answer"], found is None])
+        advance(sum(map(len, batches[first : first + world.size])))
+    right, unparsable = world.sum(outcome_2N.to(world.device)).tolist()
+    return {"acc": "".join(map(str, right)), "unparsable": "".join(map(str, unparsable))}

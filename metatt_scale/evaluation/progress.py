@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metatt_scale.evaluation.scores import is_main_process
-
 Advance = Callable[[int], None]
 """Called with the number of requests answered since the last call."""
 StartTask = Callable[[str, int | None], Advance]
@@ -19,12 +17,11 @@ StartTask = Callable[[str, int | None], Advance]
 
 
 @contextlib.contextmanager
-def task_progress(n_tasks: int) -> Iterator[StartTask]:
-    """Show "[i/n] task, requests done, time left" on stderr where that is a terminal, on the main process."""
+def task_progress(n_tasks: int, *, shown: bool) -> Iterator[StartTask]:
+    """Show "[i/n] task, requests done, time left" on stderr where that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = console.is_terminal and is_main_process()
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         bar = progress.add_task("", total=None)
         started = 0
 

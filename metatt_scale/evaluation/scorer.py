@@ -13,6 +13,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from metatt_scale.evaluation.progress import Advance
+from metatt_scale.parallel import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ Request = tuple[Any, list[int], list[int]]
 
 
 class Scorer(_HFLM):
-    """HFLM over an already loaded model, with a progress callback.
+    """HFLM over an already loaded model, with a progress callback; the ranks of a job take its batches in turn.
 
     The harness asks for the logits of every position and uses those of the continuation, a few at the end of each
     sequence. Its own slicing counts from the end, so handing it only the last positions of a batch changes no
@@ -38,6 +39,7 @@ class Scorer(_HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
+        world: World,
         advance: Advance,
     ) -> None:
         super().__init__(
@@ -46,6 +48,7 @@ class Scorer(_HFLM):
             batch_size=batch_size,
             softmax_dtype="float32",
         )
+        self.world = world
         self.advance = advance
         self.truncated = 0
         """Sequences that were longer than the model's positions, cut at their beginning."""
@@ -65,10 +68,15 @@ class Scorer(_HFLM):
             groups[tuple(context + continuation[:-1])].append(i)
             self.truncated += len(context) + len(continuation) > self.max_length + 1
         ordered = sorted(groups.items(), key=lambda item: (-len(item[0]), item[0]))
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         size = int(self.batch_size)
-        for first in range(0, len(ordered), size):
-            batch = ordered[first : first + size]
+        batches = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        answers_N2 = torch.zeros(
+            len(requests), 2, dtype=torch.float64
+        )  # log-likelihood, whether it is the greedy choice
+        for first in range(0, len(batches), self.world.size):
+            mine = first + self.world.rank
+            # A rank with none left repeats the first batch: a sharded model needs all ranks in every forward.
+            batch = batches[mine if mine < len(batches) else 0]
             longest = min(len(batch[0][0]), self.max_length)
             rows = [i for _, members in batch for i in members]
             # A row's continuation ends `longest - length` positions before the end of the padded batch.
@@ -78,10 +86,12 @@ class Scorer(_HFLM):
                 for i in members
             )
             part = super()._loglikelihood_tokens([requests[i] for i in rows], disable_tqdm=True)
-            for i, answer in zip(rows, part, strict=True):
-                answers[i] = answer
-            self.advance(len(rows))
-        return answers
+            if mine < len(batches):
+                answers_N2[rows] = torch.tensor(part, dtype=torch.float64)
+            in_round = batches[first : first + self.world.size]
+            self.advance(sum(len(members) for batch in in_round for _, members in batch))
+        total_N2 = self.world.sum(answers_N2.to(self.world.device))
+        return [(score, bool(greedy)) for score, greedy in total_N2.tolist()]
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         if not self._can_select:

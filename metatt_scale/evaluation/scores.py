@@ -83,7 +83,9 @@ def read_scores(results: Path) -> dict[str, dict[str, TaskScore]]:
     """
     scores = _read(results).get("scores", {})
     try:
-        return {label: {task: _from_json(entry) for task, entry in tasks.items()} for label, tasks in scores.items()}
+        return {
+            label: {task: score_from_json(entry) for task, entry in tasks.items()} for label, tasks in scores.items()
+        }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{results}: not a results file of this toolkit ({error!r}); move it away") from None
 
@@ -96,20 +98,11 @@ def finished(results: Path, label: str, keys: Mapping[str, Key]) -> dict[str, Ta
 
 def record(results: Path, label: str, task: str, score: TaskScore) -> None:
     """Add one score to the results file, which is replaced as a whole; what else it holds is kept."""
-    if not is_main_process():
-        return
     content = _read(results)
     content["versions"] = versions()
     content["git_commit"] = git_commit()
-    content.setdefault("scores", {}).setdefault(label, {})[task] = _to_json(score)
+    content.setdefault("scores", {}).setdefault(label, {})[task] = score_to_json(score)
     write_json(results, content)
-
-
-def is_main_process() -> bool:
-    """Tell whether this process is the one that writes and shows progress."""
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0)
 
 
 def versions() -> dict[str, str | None]:
@@ -158,7 +151,8 @@ def _read(results: Path) -> dict[str, Any]:
     return content
 
 
-def _to_json(score: TaskScore) -> dict[str, Any]:
+def score_to_json(score: TaskScore) -> dict[str, Any]:
+    """Return what the results file says of a score: its answers, and for readers their means and errors."""
     entry: dict[str, Any] = {"n": score.n}
     for metric in score.samples:
         stderr = score.stderr(metric)
@@ -173,5 +167,6 @@ def _to_json(score: TaskScore) -> dict[str, Any]:
     }
 
 
-def _from_json(entry: dict[str, Any]) -> TaskScore:
+def score_from_json(entry: dict[str, Any]) -> TaskScore:
+    """Undo `score_to_json`."""
     return TaskScore(metric=entry["metric"], samples=entry["samples"], key=entry["key"], seconds=entry["seconds"])

@@ -27,7 +27,7 @@ Message = tuple[Any, Mapping[str, Tensor]]
 _FINE, _FAILED = 0, 1
 
 
-class OtherRankError(Exception):
+class OtherRankError(RuntimeError):
     """Another rank failed and tells its own error; this one only stops."""
 
 

@@ -39,6 +39,7 @@ _FREE = (
     "training.resume",
     "training.save_every",
     "training.keep_checkpoints",
+    "parallel",
 )
 
 
@@ -75,9 +76,49 @@ class Snapshot:
     world_size: int = 1
     threads: int = 1
 
+    def to_message(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what JSON can hold and the named tensors: the form on disk and on the wire."""
+        tensors = {f"core_{k}": core for k, core in enumerate(self.cores)}
+        tensors |= {f"best_{k}": core for k, core in enumerate(self.best_cores)}
+        for k, moments in enumerate(self.moments):
+            tensors |= {f"adam_{k}_{name}": value for name, value in moments.items()}
+        state = {
+            "progress": asdict(self.progress),
+            "inputs": self.inputs,
+            "world_size": self.world_size,
+            "threads": self.threads,
+        }
+        return state, {name: value.cpu().contiguous() for name, value in tensors.items()}
+
+    @classmethod
+    def from_message(cls, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+        """Undo `to_message`.
+
+        Raises:
+            KeyError, TypeError: something is missing or of another form.
+        """
+        count = sum(name.startswith("core_") for name in tensors)
+        return cls(
+            progress=RunState(**state["progress"]),
+            cores=[tensors[f"core_{k}"] for k in range(count)],
+            moments=[
+                {name.removeprefix(f"adam_{k}_"): t for name, t in tensors.items() if name.startswith(f"adam_{k}_")}
+                for k in range(count)
+            ],
+            best_cores=[tensors[f"best_{k}"] for k in range(count)] if "best_0" in tensors else [],
+            inputs=state["inputs"],
+            world_size=state["world_size"],
+            threads=state["threads"],
+        )
+
 
 def take_snapshot(
-    adapter: ChainAdapter, optimizer: torch.optim.Optimizer, progress: RunState, best: Sequence[Tensor], inputs: str
+    adapter: ChainAdapter,
+    optimizer: torch.optim.Optimizer,
+    progress: RunState,
+    best: Sequence[Tensor],
+    inputs: str,
+    world_size: int,
 ) -> Snapshot:
     """Collect what `save` writes."""
     return Snapshot(
@@ -86,6 +127,7 @@ def take_snapshot(
         moments=[optimizer.state.get(core, {}) for core in adapter.cores],
         best_cores=list(best),
         inputs=inputs,
+        world_size=world_size,
         threads=torch.get_num_threads(),
     )
 
@@ -107,23 +149,11 @@ def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
     Later steps are there only where they were passed over as damaged; they go too.
     """
     folder = root / f"step-{snapshot.progress.step:06d}"
-    tensors = {f"core_{k}": core for k, core in enumerate(snapshot.cores)}
-    tensors |= {f"best_{k}": core for k, core in enumerate(snapshot.best_cores)}
-    for k, moments in enumerate(snapshot.moments):
-        tensors |= {f"adam_{k}_{name}": value for name, value in moments.items()}
+    state, tensors = snapshot.to_message()
+    state |= {"torch": torch.__version__, "recipe": recipe.model_dump(mode="json")}
     with new_folder(folder, replace=True) as temporary:
-        save_tensors(temporary / _TENSORS, {name: value.cpu().contiguous() for name, value in tensors.items()})
-        write_json(
-            temporary / _STATE,
-            {
-                "progress": asdict(snapshot.progress),
-                "inputs": snapshot.inputs,
-                "world_size": snapshot.world_size,
-                "threads": snapshot.threads,
-                "torch": torch.__version__,
-                "recipe": recipe.model_dump(mode="json"),
-            },
-        )
+        save_tensors(temporary / _TENSORS, tensors)
+        write_json(temporary / _STATE, state)
         write_json(temporary / _MARKER, {name: sha256(temporary / name) for name in (_STATE, _TENSORS)})
     found = list_checkpoints(root)
     whole = [path for path in found[: found.index(folder) + 1] if _is_whole(path)]
@@ -156,30 +186,15 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
             "settings back"
         )
     try:
-        tensors = load_file(folder / _TENSORS)
-        progress = RunState(**state["progress"])
-        cores = [tensors[f"core_{k}"] for k in range(len(shapes))]
-        best = [tensors[f"best_{k}"] for k in range(len(shapes))] if "best_0" in tensors else []
+        snapshot = Snapshot.from_message(state, load_file(folder / _TENSORS))
     except (SafetensorError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
-    if [tuple(core.shape) for core in cores] != [tuple(shape) for shape in shapes]:
-        found = [tuple(core.shape) for core in cores]
+    found = [tuple(core.shape) for core in snapshot.cores]
+    if found != [tuple(shape) for shape in shapes]:
         raise ValueError(
             f"{folder}: holds cores of shapes {found}, this run has {list(shapes)}; not the same adapter"
         )
-    moments = [
-        {name.removeprefix(f"adam_{k}_"): t for name, t in tensors.items() if name.startswith(f"adam_{k}_")}
-        for k in range(len(shapes))
-    ]
-    return Snapshot(
-        progress=progress,
-        cores=cores,
-        moments=moments,
-        best_cores=best,
-        inputs=state.get("inputs", ""),
-        world_size=state.get("world_size", 1),
-        threads=state.get("threads", 1),
-    )
+    return snapshot
 
 
 class DamagedCheckpointError(ValueError):

@@ -20,16 +20,6 @@ from metatt_scale.recipe import Recipe
 from metatt_scale.training.checkpoint import RunState, list_checkpoints
 
 
-def check_launch() -> None:
-    """Refuse several processes: each would train a model of its own."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise ValueError(
-            f"started as one of {world} processes (WORLD_SIZE), but this version trains in one; start it with "
-            "python, or with accelerate launch --num_processes 1"
-        )
-
-
 def check_resume(folder: Path, recipe: Recipe) -> None:
     """Refuse a folder with checkpoints where the recipe says that nothing is to be resumed."""
     found = list_checkpoints(folder / "checkpoints")
@@ -88,7 +78,9 @@ def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
     name = type(model).__name__
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"backbone.path: {name} is not a causal language model that this toolkit can train")
-    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    embeddings = model.get_input_embeddings()
+    # Not the rows of its weight, which may be sharded.
+    rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else model.config.vocab_size
     tables = [data.table] if data.validation is None else [data.table, data.validation.table]
     largest = max(int(table.tokens.max()) for table in tables)
     if largest >= rows:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter import ChainAdapter
-from metatt_scale.data import BatchOrder, PreparedData, micro_batches, target_count
+from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches, target_count
+from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib
-from metatt_scale.training.optimizer import clip, gradient_norm, learning_rate, make_optimizer
+from metatt_scale.training.optimizer import clip, learning_rate, make_optimizer
+from metatt_scale.training.reduce import SIGNALS, sum_step
 
 _HALF_SCALE = 1024.0
 
@@ -38,7 +40,8 @@ class TrainingStopped(Exception):
         super().__init__(
             f"stopped by {signal.Signals(signal_number).name} after step {step}; the checkpoint is written"
         )
-        self.exit_code = 128 + signal_number
+        # SIGUSR1 asks for no more than that (a time limit is near): a launcher must not take it for a failure.
+        self.exit_code = 0 if signal_number == signal.SIGUSR1 else 128 + signal_number
 
 
 @dataclass(kw_only=True)
@@ -52,9 +55,10 @@ class Trainer:
     inputs: str
     """Digest of records and backbone, kept in every checkpoint."""
     pad_token_id: int
-    device: torch.device
+    world: World
     folder: Path
     console: Console
+    """Silent on all ranks but the first."""
     progress: RunState = field(default_factory=RunState)
     best_cores: list[Tensor] = field(default_factory=list)
 
@@ -63,7 +67,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.adapter.cores, training)
         self.order = BatchOrder(self.data.train, self.recipe.seed, training.batch_size)
         self.total_steps = training.max_steps or training.epochs * self.order.steps_per_epoch
-        self.stop_signal: int | None = None
+        self.signal: int | None = None  # received by this rank
+        self.stop_signal: int | None = None  # received by any rank, known to all since the last step
 
     # ---- the life of a run
 
@@ -74,8 +79,9 @@ class Trainer:
             TrainingStopped: SIGTERM or SIGINT arrived; state is saved.
             ValueError: too many steps in a row were not finite; the last good cores are saved.
         """
-        metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step)
-        trackers = Trackers(self.recipe)
+        first = self.world.is_first
+        metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step) if first else None
+        trackers = Trackers(self.recipe) if first else None
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
         restore_signals = self._catch_signals()
         started, first_step = time.perf_counter(), self.progress.step
@@ -88,19 +94,21 @@ class Trainer:
                 bar.update(
                     self.progress.step, _shown(report), elapsed / done * (self.total_steps - self.progress.step)
                 )
-                if (
-                    self.progress.step % self.recipe.logging.every == 0
-                    or "eval_loss" in report
-                    or self.progress.finished
-                ):
+                if metrics and trackers and self._is_logged(report):
                     metrics.write(self.progress.step, report)
                     trackers.log(self.progress.step, report)
+                self._compare_replicas_if_due()
                 self._save_if_due()  # after the metrics: a run killed between the two writes this step's line again
         finally:
             restore_signals()
             bar.close()
-            metrics.close()
-            trackers.close()
+            if metrics and trackers:
+                metrics.close()
+                trackers.close()
+
+    def _is_logged(self, report: dict[str, Any]) -> bool:
+        progress = self.progress
+        return progress.step % self.recipe.logging.every == 0 or "eval_loss" in report or progress.finished
 
     def _step(self) -> dict[str, Any]:
         """Do one optimizer step and return its numbers."""
@@ -110,10 +118,11 @@ class Trainer:
         tokens = target_count(self.data.table, indices)
         loss_sum, length = self._accumulate(indices, tokens, step)
         gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
-        norm = gradient_norm(gradients)
-        loss, grad_norm = (float(v) for v in torch.stack([loss_sum / tokens, norm.double()]))
+        sums = sum_step(self.world, gradients, loss_sum, length, self.signal)
+        self.stop_signal = sums.stop_signal
+        loss, grad_norm = sums.loss / tokens, sums.gradient_norm
         rate = learning_rate(training, step, self.total_steps)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm) and not sums.nonfinite_ranks
         if finite:
             clip(gradients, grad_norm, training.max_grad_norm)
             for group in self.optimizer.param_groups:
@@ -127,30 +136,23 @@ class Trainer:
             "loss": loss if finite else None,
             "grad_norm": grad_norm if finite else None,
             "learning_rate": rate,
-            "tokens_per_second": length / seconds,
+            "tokens_per_second": sums.tokens / seconds,
             "seconds": seconds,
             "ranks": list(self.adapter.spec.ranks),
-            "memory_gib": peak_memory_gib(self.device),
+            "memory_gib": peak_memory_gib(self.world.device),
             "skipped": self.progress.skipped,
         }
 
     def _accumulate(self, indices: Any, tokens: int, step: int) -> tuple[Tensor, int]:
-        """Run all micro-batches of a global batch; return the summed loss and the tokens sent through the model."""
+        """Run this rank's micro-batches of a global batch; return its summed loss and the tokens it sent through."""
         self.model.train()
-        # Dropout is a pure function of (seed, step), so a resumed run draws the same masks.
-        torch.manual_seed(dropout_seed(self.recipe.seed, step))
-        loss_sum, length = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        # Dropout is a pure function of (seed, step, rank), so a resumed run draws the same masks.
+        torch.manual_seed(dropout_seed(self.recipe.seed, step, self.world.rank))
+        loss_sum, length = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
         # Half precision loses gradients below 6e-8: scale them up on their way, and down again in the fp32 cores.
         scale = _HALF_SCALE if self.adapter.compute_dtype == torch.float16 else 1.0
-        for batch in micro_batches(
-            self.data.table,
-            indices,
-            micro_batch_size=self.recipe.training.micro_batch_size,
-            rank=0,
-            world_size=1,
-            pad_token_id=self.pad_token_id,
-        ):
-            loss = token_loss_sum(self.model, batch, self.device)
+        for batch in self._own_batches(self.data.table, indices):
+            loss = token_loss_sum(self.model, batch, self.world.device)
             (loss * (scale / tokens)).backward()
             loss_sum += loss.detach()
             length += int(batch.attention_mask_BS.sum())
@@ -160,6 +162,16 @@ class Trainer:
                 if core.grad is not None:
                     core.grad /= scale
         return loss_sum, length
+
+    def _own_batches(self, table: TokenTable, indices: Any) -> Iterator[Batch]:
+        return micro_batches(
+            table,
+            indices,
+            micro_batch_size=self.recipe.training.micro_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            pad_token_id=self.pad_token_id,
+        )
 
     def _count(self, finite: bool, tokens: int) -> None:
         progress = self.progress
@@ -221,39 +233,47 @@ class Trainer:
         assert self.data.validation is not None
         table, indices = self.data.validation
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches(
-            table,
-            indices,
-            micro_batch_size=self.recipe.training.micro_batch_size,
-            rank=0,
-            world_size=1,
-            pad_token_id=self.pad_token_id,
-        ):
-            total += token_loss_sum(self.model, batch, self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for batch in self._own_batches(table, indices):
+            total += token_loss_sum(self.model, batch, self.world.device)
         self.model.train()
-        return float(total) / target_count(table, indices)
+        return float(self.world.sum(total)) / target_count(table, indices)
 
     def _save(self) -> None:
-        snapshot = checkpoint.take_snapshot(self.adapter, self.optimizer, self.progress, self.best_cores, self.inputs)
-        keep = self.recipe.training.keep_checkpoints
-        checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe, keep)
+        def write() -> None:
+            snapshot = checkpoint.take_snapshot(
+                self.adapter, self.optimizer, self.progress, self.best_cores, self.inputs, self.world.size
+            )
+            keep = self.recipe.training.keep_checkpoints
+            checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe, keep)
+
+        self.world.on_first(write)
+
+    def _compare_replicas_if_due(self) -> None:
+        if self.progress.step % self.recipe.parallel.check_replicas_every == 0 or self.progress.finished:
+            state = self.optimizer.state
+            things = {
+                f"core {k} ({mode})": [core, *(state[core][name] for name in sorted(state[core]))]
+                for k, (mode, core) in enumerate(zip(self.adapter.spec.modes, self.adapter.cores, strict=True))
+            }
+            remedy = "training on would be meaningless; go on from the last checkpoint and watch that rank's machine"
+            check_same(self.world, things, f"found after step {self.progress.step}: {remedy}")
 
     # ---- signals
 
     def _catch_signals(self) -> Callable[[], None]:
-        """Let SIGTERM and SIGINT finish the step; a second SIGINT interrupts at once."""
+        """Let SIGTERM, SIGINT and SIGUSR1 finish the step; a second SIGINT interrupts at once."""
         if threading.current_thread() is not threading.main_thread():
             return lambda: None
 
         def handler(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None and number == signal.SIGINT:
+            if self.signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_signal = number
+            self.signal = number
             # Not through the console: a handler may interrupt a half-finished print, and Python refuses to nest them.
             os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 
-        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
 
         def restore() -> None:
             for number, old in before.items():
@@ -262,9 +282,9 @@ class Trainer:
         return restore
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """Return 32 well-mixed bits of (seed, step): torch's CPU generator ignores the upper half of a 64-bit seed."""
-    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step}".encode()).digest()[:4], "little")
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Return 32 well-mixed bits of its arguments: torch's CPU generator ignores the upper half of a 64-bit seed."""
+    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:4], "little")
 
 
 def _shown(report: dict[str, Any]) -> dict[str, str]:

@@ -44,12 +44,6 @@ def learning_rate(recipe: TrainingRecipe, step: int, total_steps: int) -> float:
 
 
 @torch.no_grad()
-def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together, on their device."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-
-
-@torch.no_grad()
 def clip(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
     """Scale all gradients so that their 2-norm is at most `max_norm`; 0 never clips."""
     if max_norm and norm > max_norm:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale import __version__
 from metatt_scale.adapter import ChainAdapter, inject, save_adapter
 from metatt_scale.backbone import identity, load_backbone, load_tokenizer, pick_device
-from metatt_scale.data import prepare
+from metatt_scale.data import PreparedData, prepare
 from metatt_scale.files import new_folder, write_text
+from metatt_scale.parallel import Launch, Message, World, check_same, join, make_engine, place_in_world, read_launch
 from metatt_scale.recipe import Recipe, dump_recipe
 from metatt_scale.training import checkpoint
+from metatt_scale.training.checkpoint import Snapshot
 from metatt_scale.training.checks import (
-    check_launch,
     check_result,
     check_resume,
     check_trainable,
@@ -43,33 +47,43 @@ class TrainedRun:
 def train(recipe: Recipe, console: Console) -> TrainedRun:
     """Run a recipe: load, adapt, train (or go on where a killed run stopped), write `adapter/`.
 
+    Every rank of the job calls this; the first one prints, decides and writes.
+
     Raises:
         ValueError: anything the user can mend, in one message.
         TrainingStopped: a signal arrived and the state is saved.
+        OtherRankError: rank 0 failed and tells why.
     """
     folder = Path(recipe.output_dir).expanduser()
-    check_launch()
-    check_writable(folder)
-    check_trackers(recipe)
-    with only_run(folder):
-        check_resume(folder, recipe)
-        trainer, tokenizer = _assemble(recipe, folder, console)
-        _resume(trainer, console)
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        trainer.train()
-        if recipe.training.keep == "best" and trainer.best_cores:
-            trainer.adapter.set_cores(trainer.best_cores)
-        check_result(trainer.adapter, trainer.progress)
-        with new_folder(folder / "adapter", replace=True) as temporary:
-            save_adapter(temporary, trainer.adapter, describe(recipe, trainer))
+    launch = read_launch(recipe.parallel)
+    rank, _ = place_in_world()
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            check_writable(folder)
+            check_trackers(recipe)
+            stack.enter_context(only_run(folder))
+            check_resume(folder, recipe)
+        if launch.note:
+            console.print(launch.note, style="yellow", highlight=False, soft_wrap=True)
+        tokenizer = load_tokenizer(recipe.backbone)
+        # Before the ranks meet: tokenising may take long, and a rank that waits in a collective gives up some time.
+        data = _prepare(recipe, tokenizer, console)
+        device = pick_device()
+        timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
+        with join(device, timeout, group=launch.strategy != "replicate") as world:
+            trainer = _assemble(recipe, folder, console, world, launch, data, tokenizer)
+            _resume(trainer)
+            world.on_first(lambda: write_text(folder / "recipe.yaml", dump_recipe(recipe)))
+            trainer.train()
+            if recipe.training.keep == "best" and trainer.best_cores:
+                trainer.adapter.set_cores(trainer.best_cores)
+            check_result(trainer.adapter, trainer.progress)
+            world.on_first(lambda: _write_adapter(folder / "adapter", trainer))
     console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
     return TrainedRun(model=trainer.model, tokenizer=tokenizer, adapter=trainer.adapter, folder=folder)
 
 
-def _assemble(recipe: Recipe, folder: Path, console: Console) -> tuple[Trainer, PreTrainedTokenizerBase]:
-    """Load tokenizer, data and backbone, put the chain behind the backbone, and build the trainer."""
-    device = pick_device()
-    tokenizer = load_tokenizer(recipe.backbone)
+def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> PreparedData:
     with console.status("tokenising") as status:
 
         def show(done: int, total: int) -> None:
@@ -77,56 +91,111 @@ def _assemble(recipe: Recipe, folder: Path, console: Console) -> tuple[Trainer, 
 
         data = prepare(recipe.data, tokenizer, recipe.seed, show)  # type: ignore[arg-type]
     _report_data(data.counts, console)
+    return data
+
+
+def _assemble(
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    world: World,
+    launch: Launch,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Trainer:
+    """Load the backbone, put the chain behind it, and build the trainer."""
+    inputs = hashlib.sha256(f"{data.digest} {identity(recipe.backbone)}".encode()).hexdigest()
+    _check_agreement(world, recipe, data, inputs)
     with console.status("loading the backbone"):
-        model = load_backbone(recipe.backbone, device, recipe.seed)
+        engine = make_engine(world, launch, recipe)
+        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine)
     check_trainable(model, data)
     adapter = inject(model, recipe.adapter, recipe.seed)
     _report_adapter(adapter, console)
-    trainer = Trainer(
+    if world.size > 1:
+        console.print(f"{world.size} ranks, backbone: {launch.strategy}", highlight=False)
+    return Trainer(
         recipe=recipe,
         model=model,
         adapter=adapter,
         data=data,
-        inputs=hashlib.sha256(f"{data.digest} {identity(recipe.backbone)}".encode()).hexdigest(),
+        inputs=inputs,
         pad_token_id=_pad_id(tokenizer),
-        device=device,
+        world=world,
         folder=folder,
         console=console,
     )
-    return trainer, tokenizer
 
 
-def _resume(trainer: Trainer, console: Console) -> None:
-    """Continue from the newest valid checkpoint where there is one and the recipe allows it."""
-    recipe, root = trainer.recipe, trainer.folder / "checkpoints"
-    path, snapshot, damaged = checkpoint.newest_valid(root, recipe, trainer.adapter.spec.shapes)
-    for message in damaged:
-        console.print(f"passed over a damaged checkpoint: {message}", style="yellow", highlight=False, soft_wrap=True)
-    if snapshot is None:
-        if damaged:
-            raise ValueError(
-                f"{root}: none of the {len(damaged)} checkpoints is whole ({damaged[0]}); nothing was changed. "
-                "Choose another output_dir to start afresh"
-            )
+def _check_agreement(world: World, recipe: Recipe, data: PreparedData, inputs: str) -> None:
+    """Refuse ranks that would not do the same work, before any of it is done."""
+    things = {
+        "the recipe": recipe.model_dump_json(),
+        "the training data": data.digest,
+        "data or weights": inputs,
+        "versions": f"{__version__} {torch.__version__} {transformers.__version__}",
+    }
+    check_same(world, things, "give every node the same recipe, overrides, files and package versions")
+
+
+def _resume(trainer: Trainer) -> None:
+    """Continue from the newest valid checkpoint where there is one and the recipe allows it; rank 0 reads it."""
+    root = trainer.folder / "checkpoints"
+
+    def read() -> Message:
+        path, snapshot, damaged = checkpoint.newest_valid(root, trainer.recipe, trainer.adapter.spec.shapes)
+        for message in damaged:
+            _warn(trainer.console, f"passed over a damaged checkpoint: {message}")
+        if snapshot is None:
+            if damaged:
+                raise ValueError(
+                    f"{root}: none of the {len(damaged)} checkpoints is whole ({damaged[0]}); nothing was changed. "
+                    "Choose another output_dir to start afresh"
+                )
+            return None, {}
+        _check_origin(trainer, f"{path}", snapshot)
+        trainer.console.print(
+            f"resuming after step {snapshot.progress.step} from {path}", highlight=False, soft_wrap=True
+        )
+        return snapshot.to_message()
+
+    state, tensors = trainer.world.from_first(read)
+    if state is None:
         return
+    snapshot = Snapshot.from_message(state, tensors)
+    checkpoint.restore(snapshot, trainer.adapter, trainer.optimizer)
+    trainer.progress = snapshot.progress
+    trainer.best_cores = [core.to(trainer.world.device) for core in snapshot.best_cores]
+
+
+def _check_origin(trainer: Trainer, path: str, snapshot: Snapshot) -> None:
+    """Refuse a checkpoint of other inputs, and, where exactness is asked for, of another machinery."""
     if snapshot.inputs != trainer.inputs:
         raise ValueError(
             f"{path}: the records or the backbone's weights are not those it was made with, though the recipe is; "
             "use another output_dir, or bring them back"
         )
-    here = (1, torch.get_num_threads())
+    here = (trainer.world.size, torch.get_num_threads())
     if (snapshot.world_size, snapshot.threads) != here:
         message = (
             f"{path}: written with {snapshot.world_size} rank(s) of {snapshot.threads} thread(s), this run has "
             f"{here[0]} of {here[1]}; the result will agree only to rounding"
         )
-        if recipe.training.resume == "exact":
-            raise ValueError(f"{message} (training.resume is exact: set OMP_NUM_THREADS={snapshot.threads})")
-        console.print(message, style="yellow", highlight=False, soft_wrap=True)
-    checkpoint.restore(snapshot, trainer.adapter, trainer.optimizer)
-    trainer.progress = snapshot.progress
-    trainer.best_cores = [core.to(trainer.device) for core in snapshot.best_cores]
-    console.print(f"resuming after step {snapshot.progress.step} from {path}", highlight=False, soft_wrap=True)
+        if trainer.recipe.training.resume == "exact":
+            raise ValueError(
+                f"{message} (training.resume is exact: start {snapshot.world_size} rank(s) with "
+                f"OMP_NUM_THREADS={snapshot.threads})"
+            )
+        _warn(trainer.console, message)
+
+
+def _warn(console: Console, message: str) -> None:
+    console.print(message, style="yellow", highlight=False, soft_wrap=True)
+
+
+def _write_adapter(target: Path, trainer: Trainer) -> None:
+    with new_folder(target, replace=True) as temporary:
+        save_adapter(temporary, trainer.adapter, describe(trainer.recipe, trainer))
 
 
 def describe(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:

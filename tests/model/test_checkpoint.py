@@ -39,7 +39,7 @@ def test_round_trip(tmp_path):
     trainer._step()
     progress = RunState(step=7, skipped=2, skipped_in_a_row=1, best_loss=0.1 + 0.2, best_step=3, target_tokens=99)
     best = [torch.full_like(core, float(k)) for k, core in enumerate(trainer.adapter.cores)]
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest")
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest", 1)
     folder = checkpoint.save(tmp_path / "checkpoints", taken, recipe, keep=2)
     assert (folder.name, sorted(os.listdir(folder))) == (
         "step-000007",
@@ -65,7 +65,7 @@ def test_round_trip(tmp_path):
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     recipe = toy_recipe(tmp_path)
     trainer = make_trainer(recipe)
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), [], "digest")
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), [], "digest", 1)
     folder = checkpoint.save(tmp_path, taken, recipe, keep=2)
     loaded = checkpoint.load(folder, recipe, trainer.adapter.spec.shapes)
     assert loaded.moments == [{}] * 4 and loaded.best_cores == []
@@ -89,7 +89,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
 
 
 def save_at(root, recipe, trainer, step, keep=2):
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(step=step), [], "digest")
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(step=step), [], "digest", 1)
     return checkpoint.save(root, taken, recipe, keep)
 
 
@@ -321,7 +321,7 @@ def test_exact_refuses_another_number_of_threads_and_auto_warns(run, finished):
     exact = toy_recipe(finished[0], output_dir=str(root.parent), training={"resume": "exact"})
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(ValueError, match=rf"1 rank\(s\) of {threads} thread.*set OMP_NUM_THREADS={threads}\)"):
+        with pytest.raises(ValueError, match=rf"1 rank\(s\) of {threads} thread.*with OMP_NUM_THREADS={threads}\)"):
             train(exact, quiet())
         assert snapshot(root.parent) == before
         train(recipe, console := quiet())

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from metatt_scale.data.templates import llm_adapters_prompt
-from metatt_scale.evaluation import evaluate, evaluate_llm_adapters, harness, read_scores
+from metatt_scale.evaluation import evaluate, harness, read_scores
 from metatt_scale.evaluation.generate import continue_tokens, generate
 from metatt_scale.evaluation.llm_adapters import MAX_NEW_TOKENS, extract_answer
 from metatt_scale.evaluation.tasks import TASKS_FOLDER, build_task, load_definition
+from metatt_scale.parallel import World
 from metatt_scale.recipe import EvaluationRecipe
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "lm_eval"
@@ -177,7 +178,7 @@ def test_logits_of_the_last_positions_give_the_stock_numbers(
         pairs += [(("", ""), context, [*tail, rng.randrange(2, 200)]) for _ in range(rng.randint(1, 3))]
     tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token
     advanced: list[int] = []
-    ours: Any = Scorer(model, tokenizer, 7, advanced.append)
+    ours: Any = Scorer(model, tokenizer, 7, World(device=torch.device("cpu")), advanced.append)
     stock_class: Any = HFLM
     stock = stock_class(pretrained=model, tokenizer=tokenizer, batch_size=7)
     for longest in (2048, 20):
@@ -358,10 +359,10 @@ def test_llm_adapters(
 
     calls: list[int] = []
 
-    def answering(model: Any, tokenizer: Any, prompts: list[list[int]], n: int) -> list[str]:
+    def answering(model: Any, tokenizer: Any, prompts: list[list[int]], n: int, in_step: bool) -> list[str]:
         """Says "answer1" to all questions but the shortest, to which it says nothing of use."""
         calls.append(len(prompts))
-        assert n == MAX_NEW_TOKENS
+        assert n == MAX_NEW_TOKENS and not in_step
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         assert all("### Response:" in text for text in texts)
         return ["hm" if len(text) == min(map(len, everything)) else "the answer1" for text in texts]
@@ -377,9 +378,9 @@ def test_llm_adapters(
     right = "".join(str(int(i % 4 == 0 and i != shortest)) for i in range(6))
     assert score.samples == {"acc": right, "unparsable": "".join(str(int(i == shortest)) for i in range(6))}
     assert calls == [4, 2]
-    assert evaluate_llm_adapters(model, tokenizer, settings, results, "tuned", "f") == scores
+    assert evaluate(model, tokenizer, settings, results, "tuned", "f") == scores
     assert calls == [4, 2]
-    evaluate_llm_adapters(model, tokenizer, settings, results, "tuned", "g")
+    evaluate(model, tokenizer, settings, results, "tuned", "g")
     assert calls == [4, 2, 4, 2]
 
 
@@ -388,7 +389,7 @@ def test_llm_adapters_bad_records(model: Any, tokenizer: Any, tmp_path: Path) ->
     for bad in ({"instruction": "a", "answer": "b"}, {"instruction": "a"}, {"instruction": 1, "answer": "true"}):
         write(tmp_path / "piqa.jsonl", [bad])
         with pytest.raises(ValueError, match=r"piqa\.jsonl:1"):
-            evaluate_llm_adapters(model, tokenizer, settings, tmp_path / "r.json", "tuned", "f")
+            evaluate(model, tokenizer, settings, tmp_path / "r.json", "tuned", "f")
 
 
 def test_batched_generation_is_that_of_single_prompts(model: LlamaForCausalLM, tokenizer: Any) -> None:

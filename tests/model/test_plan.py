@@ -1,11 +1,15 @@
-"""Trainable parameters of the paper's rows, through the same command a user types."""
+"""What a plan says, through the same command a user types: the paper's counts, layouts, wire, bad input."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metatt_scale.cli import main
+from metatt_scale.data.batches import deal
+from metatt_scale.plan.layout import lay_out
+from metatt_scale.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 ROBERTA = ("backbone.path=random:{}", "adapter.target_modules=[query,value]")
@@ -40,3 +44,124 @@ def test_counts_of_the_paper(capsys, recipe, architecture, kind, rank, count):
 def test_lora_beside_it(capsys):
     assert main(["plan", str(RECIPES / "llama2_7b_commonsense.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lora_parameters"] == {"8": 4_194_304, "16": 8_388_608}
+
+
+QLORA = RECIPES / "llama2_7b_qlora_single_gpu.yaml"
+
+
+def planned(capsys, *arguments):
+    assert main(["plan", str(QLORA), *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_all_recipes_can_be_planned(capsys):
+    for path in [*sorted(RECIPES.glob("llama*.yaml")), RECIPES / "qwen3_8b_commonsense.yaml"]:
+        assert main(["plan", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory"]["peak"] > 0
+
+
+def test_the_single_gpu_recipe_fits_where_its_header_says(capsys):
+    plan = planned(capsys, "--memory", "8")
+    assert plan["memory"]["largest_micro_batch"] >= 8
+    assert plan["wire"]["chain"]["sent"] == 0
+    assert plan["memory"]["peak"] < 6 * 2**30
+
+
+def test_shards_fall_and_the_quant_state_stays(capsys):
+    memory = {ranks: planned(capsys, "--gpus-per-node", str(ranks))["memory"] for ranks in (1, 2, 4)}
+    whole = memory[1]["weights"]
+    for ranks in (2, 4):
+        weights = memory[ranks]["weights"]
+        for name in ("packed", "unquantised"):
+            assert weights[name] == pytest.approx(whole[name] / ranks, rel=1e-6)
+        assert weights["quant_state"] == whole["quant_state"]
+        assert memory[ranks]["gathered"] >= 0
+
+
+def test_wire_of_a_sharded_job(capsys):
+    plan = planned(capsys, "--nodes", "2", "--gpus-per-node", "4")
+    wire, count = plan["wire"], plan["trainable_parameters"]
+    assert plan["layout"]["strategy"] == "fsdp2"
+    assert wire["chain"] == {"all_reduces": 1, "bytes": 4 * (count + 6), "sent": 2 * 7 / 8 * 4 * (count + 6)}
+    assert wire["lora_under_ddp"]["bytes"] == 4 * 4_194_304
+    micro_batches = plan["layout"]["micro_batches_per_step"]
+    assert wire["backbone"]["all_gathers"] == micro_batches * 2 * (32 + 3)
+    assert wire["backbone"]["sent"] == pytest.approx(7 / 8 * wire["backbone"]["bytes"])
+
+
+def test_hybrid_sharding_gathers_within_a_node(capsys):
+    plan = planned(capsys, "--nodes", "4", "--gpus-per-node", "2", "parallel.shard_size=node")
+    assert plan["layout"]["ranks_per_copy"] == 2
+    assert plan["wire"]["backbone"]["sent"] == pytest.approx(plan["wire"]["backbone"]["bytes"] / 2)
+
+
+def test_offloading_moves_the_shards_to_the_host(capsys):
+    options = ("--gpus-per-node", "2", "parallel.backbone=fsdp2", "parallel.cpu_offload=true")
+    on_host, on_gpu = planned(capsys, *options), planned(capsys, *options[:3])
+    moved = on_host["memory"]["weights_on_host"]
+    assert moved == on_gpu["memory"]["weights"]["packed"] + on_gpu["memory"]["weights"]["unquantised"]
+    assert on_host["memory"]["peak"] == on_gpu["memory"]["peak"] - moved
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3", "replicate"])
+def test_scaling_runs_from_1_to_1024_ranks(capsys, strategy):
+    rows = planned(capsys, f"parallel.backbone={strategy}")["scaling"]
+    assert [row["ranks"] for row in rows] == [2**k for k in range(11)]
+    assert all(row["step_s"] == max(row["compute_s"], row["gathers_s"]) + row["chain_s"] for row in rows)
+    weights = [row["weights"] for row in rows]
+    assert (weights[-1] == weights[0]) == (strategy == "replicate")
+    assert rows[-1]["busy_ranks"] == 32
+
+
+def test_rates_replace_those_of_the_table(capsys):
+    slow = planned(capsys, "--tflops", "10", "--bandwidth-gbps", "8", "--gpus-per-node", "2")
+    fast = planned(capsys, "--tflops", "20", "--bandwidth-gbps", "16", "--gpus-per-node", "2")
+    assert slow["hardware"]["node_gb_per_s"] == 1.0
+    assert slow["scaling"][0]["compute_s"] == pytest.approx(2 * fast["scaling"][0]["compute_s"])
+    assert slow["scaling"][5]["gathers_s"] > 1.9 * fast["scaling"][5]["gathers_s"]
+
+
+def test_fewer_answers_need_fewer_logits(capsys):
+    part = ("data.train_on_inputs=false", "--answer-tokens", "16")
+    few, many = (planned(capsys, *options)["memory"]["activations"]["logits"] for options in (part, part[:1]))
+    assert few < many / 10
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 64])
+@pytest.mark.parametrize("batch, micro", [(32, 8), (30, 4), (7, 8), (100, 3)])
+def test_the_layout_deals_as_the_data_does(ranks, batch, micro):
+    recipe = load_recipe(QLORA, [f"training.batch_size={batch}", f"training.micro_batch_size={micro}"])
+    layout = lay_out(recipe, ranks, 8)
+    parts = [
+        deal(np.arange(batch) + 5, np.arange(batch), micro_batch_size=micro, rank=rank, world_size=ranks)
+        for rank in range(ranks)
+    ]
+    assert {len(part) for part in parts} == {layout.micro_batches}
+    assert max(len(indices) for part in parts for indices in part) == layout.work.examples
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--nodes", "0"], "--nodes is 0; it must be at least 1"),
+        (["--gpus-per-node", "-3"], "--gpus-per-node is -3; it must be at least 1"),
+        (["--memory", "nan"], "--memory is nan; it must be a number greater than 0"),
+        (["--tflops", "0"], "--tflops is 0.0; it must be a number greater than 0"),
+        (["--bandwidth-gbps", "-1"], "--bandwidth-gbps is -1.0"),
+        (["--answer-tokens", "0"], "--answer-tokens is 0"),
+        (["--answer-tokens", "9", "data.train_on_inputs=true"], "set data.train_on_inputs: false"),
+        (["--hardware", "abacus"], "--hardware is abacus; known are h100-sxm"),
+        (["--nodes", "2000000"], "plan for at most 1,048,576"),
+        (
+            ["--nodes", "2", "--gpus-per-node", "3", "parallel.shard_size=4"],
+            "does not divide the 6 ranks of this plan",
+        ),
+        (["--gpus-per-node", "2", "backbone.quantization=int8"], "set parallel.backbone: replicate"),
+        (["--gpus-per-node", "2", "backbone.quant_storage=uint8"], "set backbone.quant_storage: bfloat16"),
+    ],
+)
+def test_bad_input_is_one_message(capsys, arguments, message):
+    assert main(["plan", str(QLORA), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error and error.count("error:") == 1

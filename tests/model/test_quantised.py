@@ -5,16 +5,18 @@ import itertools
 import logging
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 
+import metatt_scale.backbone.quantised as quantised_module
 from metatt_scale.adapter import inject, merge, unmerge
 from metatt_scale.adapter.merge import dequantised_weight
-from metatt_scale.backbone import load_backbone, quantise
+from metatt_scale.backbone import load_backbone, quantise, quantised_linear
 from metatt_scale.recipe import AdapterRecipe, BackboneRecipe
 from tests.model.test_adapter import run_dense
 from tests.tiny import FLOAT32, MODELS, randomise, tiny_model, tokens
@@ -160,6 +162,49 @@ def test_widths_that_bitsandbytes_unpacks_wrongly_are_refused(width):
     with pytest.raises(ValueError, match=rf"q_proj is {width} wide.*multiple of 64; use int8 or none"):
         quantise(model, recipe_of("nf4"), CPU)
     quantise(model, recipe_of("int8"), CPU)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_packing_in_pieces_changes_no_bit(quantization, storage, double, monkeypatch):
+    """Against bitsandbytes' own packing of the whole weight; pieces here do not even divide it."""
+    monkeypatch.setattr(quantised_module, "_PIECE", 3 * 1024)
+    linear = nn.Linear(128, 320, bias=False).requires_grad_(False)
+    ours: Any = quantised_linear(
+        linear, recipe_of(quantization, quant_storage=storage, double_quantization=double), CPU
+    )
+    settings: Any = {"quant_type": quantization, "compress_statistics": double}
+    settings |= {"quant_storage": getattr(torch, storage)}
+    parameter: Any = Params4bit(linear.weight.data, **settings)
+    whole, packed = parameter.to("cpu"), ours.weight
+    assert torch.equal(packed.data.view(torch.uint8), whole.data.view(torch.uint8))
+    state, expected = (weight.quant_state.as_dict() for weight in (packed, whole))
+    assert state.keys() == expected.keys() and ours.quant_state is packed.quant_state
+    for name, value in expected.items():
+        assert torch.equal(state[name], value) if isinstance(value, torch.Tensor) else state[name] == value, name
+
+
+@pytest.mark.parametrize("path", ["folder", "random"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_packing_layer_by_layer_gives_the_same_model(quantization, path, tmp_path):
+    wide_model().save_pretrained(tmp_path)
+
+    class Whole:
+        def shard(self, unit):
+            kinds = {type(module) for module in unit.modules() if isinstance(module, nn.Linear)}
+            assert kinds <= {Linear4bit} or unit.__class__ is nn.Linear
+
+        def finish(self, model):
+            pass
+
+    recipe = BackboneRecipe(
+        path=str(tmp_path) if path == "folder" else f"random:{tmp_path}",
+        dtype="float32",
+        quantization=quantization,
+        quant_storage="float32",
+    )
+    assert same_bits(load_backbone(recipe, CPU, seed=1, engine=Whole()), snapshot(load_backbone(recipe, CPU, seed=1)))
 
 
 def test_load_backbone_packs_what_it_loads(tmp_path):

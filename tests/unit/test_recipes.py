@@ -63,7 +63,7 @@ def trained_parameters(recipe: Recipe) -> int:
 
 
 def test_recipes_are_found():
-    assert len(RECIPES) >= 8
+    assert len(RECIPES) >= 9
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
@@ -75,7 +75,7 @@ class TestRecipe:
         modeline, _, launch, *_ = path.read_text(encoding="utf-8").splitlines()
         schema = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", modeline)
         assert schema and (path.parent / schema[1]).resolve() == SCHEMA_FILE.resolve()
-        assert re.fullmatch(r"# (accelerate launch|python) launch/train\.py (\S+)", launch)
+        assert re.fullmatch(r"# (accelerate launch( --config_file \S+)?|python) launch/train\.py (\S+)", launch)
         assert launch.endswith(" " + relative(path))
 
     def test_states_exactly_what_it_trains_and_needs(self, path: Path):
@@ -85,8 +85,8 @@ class TestRecipe:
         assert re.search(r"^# Needs \d+ GiB", text, flags=re.MULTILINE)
 
     def test_names_no_other_recipe_that_is_absent(self, path: Path):
-        for name in re.findall(r"\b(\w+\.yaml)\b", path.read_text(encoding="utf-8")):
-            assert (path.parent / name).is_file(), name
+        for name in re.findall(r"[\w/]+\.yaml\b", path.read_text(encoding="utf-8")):
+            assert (ROOT / name if "/" in name else path.parent / name).is_file(), name
 
     def test_survives_dump_and_load(self, path: Path, tmp_path: Path):
         recipe, copy = load_recipe(path), tmp_path / "recipe.yaml"

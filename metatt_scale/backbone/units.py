@@ -1,0 +1,219 @@
+"""A model brought to its place unit by unit: a decoder layer at a time, never the whole.
+
+The model starts on the meta device, shapes without memory. Each unit (a layer; the embeddings and the output head
+where nothing else shares their weights) is filled, quantised if the recipe asks for it, and handed to the sharding
+engine before the next one is touched. What belongs to no unit stays with the root and comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
+
+from metatt_scale.backbone.checkpoint import Checkpoint, tied_names
+from metatt_scale.backbone.quantised import linears_to_pack, pack
+from metatt_scale.recipe import BackboneRecipe
+
+
+class Engine(Protocol):
+    """What shards a backbone."""
+
+    def shard(self, unit: nn.Module) -> None:
+        """Keep only this rank's part of a unit whose weights are in place; it is gathered when it runs."""
+        ...
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Shard what no unit held; afterwards the model can be called."""
+        ...
+
+
+def find_units(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Return (path, module) of everything that is loaded and sharded on its own.
+
+    Layers are the members of the outermost module lists. Embeddings and output head are units if their weights have
+    no other name; tied ones belong to the root, for a parameter can have one owner only.
+
+    Raises:
+        ValueError: layers that share weights.
+    """
+    tied = tied_names(model)
+    units = list(_members_of_lists(model, ""))
+    inside = {id(module) for _, unit in units for module in unit.modules()}
+    for path, unit in units:
+        for name, _ in unit.named_parameters(prefix=path):
+            if any(not alias.startswith(path + ".") for alias in tied.get(name, ())):
+                raise ValueError(
+                    f"backbone: {type(model).__name__} uses {name} in several layers, so they cannot be loaded one "
+                    "by one; set parallel.backbone: replicate"
+                )
+    for edge in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if edge is None or id(edge) in inside:
+            continue
+        path = next(path for path, module in model.named_modules() if module is edge)
+        if not any(name in tied for name, _ in edge.named_parameters(prefix=path)):
+            units.append((path, edge))
+    return units
+
+
+def _members_of_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if isinstance(child, nn.ModuleList):
+            for index, member in child.named_children():
+                if any(True for _ in member.parameters()):
+                    yield f"{inner}.{index}", member
+        else:
+            yield from _members_of_lists(child, inner)
+
+
+def bring_in(
+    model: PreTrainedModel,
+    weights: Weights | None,
+    recipe: BackboneRecipe,
+    device: torch.device,
+    engine: Engine | None,
+) -> None:
+    """Fill, quantise, move and shard a model, in place.
+
+    Args:
+        model: with its weights, or on the meta device.
+        weights: fills a model on the meta device; None where the weights are in place.
+        recipe: says what is quantised.
+        device: where the model computes.
+        engine: shards it; without one it stays whole.
+
+    Raises:
+        ValueError: weights that cannot be quantised or sharded.
+    """
+    model.requires_grad_(False)
+    packable = linears_to_pack(model, recipe, device) if recipe.quantization != "none" else []
+    units = find_units(model) if weights or engine else []
+    if engine and not units:
+        raise ValueError(
+            f"backbone: {type(model).__name__} has no list of layers to shard one by one; set parallel.backbone: "
+            "replicate"
+        )
+    done: set[nn.Module] = set()
+    if engine:
+        _give_back_freed_memory()
+    for path, unit in [*units, ("", model)]:
+        if weights:
+            weights.fill(path, unit, done)
+        here = [name for name in packable if unit is model or name.startswith(path + ".")]
+        packable = [name for name in packable if name not in set(here)]
+        pack(model, here, recipe, device)
+        for _, module in _post_order(unit, path, done):
+            # One module at a time: what an engine holds already stays where the engine keeps it.
+            module._apply(lambda tensor: tensor if tensor.device == device else tensor.to(device), recurse=False)
+        if unit is not model:
+            done.add(unit)
+            if engine:
+                engine.shard(unit)
+                _give_back_freed_memory()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"never filled: {left}"
+
+
+def _post_order(module: nn.Module, path: str, skip: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Walk a module tree, children first, without the subtrees in `skip`."""
+    if module in skip:
+        return
+    for name, child in module.named_children():
+        yield from _post_order(child, f"{path}.{name}" if path else name, skip)
+    yield path, module
+
+
+def _give_back_freed_memory() -> None:
+    """Return freed memory to the system, and that of every tensor from 1 MiB on as soon as it is freed from now on.
+
+    glibc would come to keep blocks of up to 32 MiB, and the holes between them: twice the memory of a 4-bit shard.
+    """
+    m_mmap_threshold = -3
+    with contextlib.suppress(OSError, AttributeError):  # another C library manages its memory itself
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 1 << 20)
+        libc.malloc_trim(0)
+
+
+class Weights:
+    """Gives the modules of a model on the meta device their values.
+
+    What a checkpoint lacks is initialised as the model's class says, each module from a seed of its own that follows
+    from (seed, module path): the values do not depend on the order of loading, the engine or the number of ranks.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint | None, seed: int) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._seed = seed
+        self._tied = tied_names(model)
+        self._stored = set(model.state_dict())
+        self._made: dict[str, nn.Parameter] = {}
+
+    def fill(self, path: str, unit: nn.Module, skip: set[nn.Module]) -> None:
+        """Put the weights and buffers of a unit into the memory of the CPU, except those of the modules in `skip`.
+
+        Raises:
+            ValueError: a tensor that neither the checkpoint nor the class of the model gives a value.
+        """
+        modules = list(_post_order(unit, path, skip))
+        with torch.no_grad():
+            for module_path, module in modules:
+                for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                    if tensor is not None and tensor.is_meta:
+                        setattr(module, name, self._make(tensor, f"{module_path}.{name}" if module_path else name))
+        self._initialise(modules)
+
+    def _make(self, meta: Tensor, name: str) -> Tensor:
+        first = self._tied.get(name, (name,))[0]
+        if first in self._made:
+            return self._made[first]
+        tensor: Tensor = torch.empty_like(meta, device="cpu")
+        if isinstance(meta, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        if self._checkpoint is not None and name in self._stored:
+            stored = self._checkpoint.read(name)
+            if stored is not None:
+                tensor.copy_(stored)
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it as it is
+        if name in self._tied:
+            assert isinstance(tensor, nn.Parameter)
+            self._made[first] = tensor
+        return tensor
+
+    def _initialise(self, modules: list[tuple[str, nn.Module]]) -> None:
+        """Run the initialisation of transformers on every module that still lacks a value."""
+        owners = {path: module for path, module in self._model.named_modules() if isinstance(module, PreTrainedModel)}
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), guard_torch_init_functions():
+            for path, module in modules:
+                own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+                if own and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+                    continue
+                digest = hashlib.sha256(f"{self._seed} {path}".encode()).digest()
+                torch.default_generator.manual_seed(int.from_bytes(digest[:4], "little"))
+                _nearest(owners, path)._init_weights(module)
+                for name, tensor in module.named_parameters(recurse=False):
+                    if (f"{path}.{name}" if path else name) in self._tied:
+                        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # once, not once per name
+        for path, module in modules:
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor._version == 0 and tensor.numel():
+                    raise ValueError(
+                        f"backbone: {type(self._model).__name__} does not say how {path}.{name} is initialised, so "
+                        "it cannot be loaded layer by layer; set parallel.backbone: replicate and give files"
+                    )
+
+
+def _nearest(owners: dict[str, PreTrainedModel], path: str) -> PreTrainedModel:
+    """Return the innermost model around a module: models can be parts of models, each with its own initialisation."""
+    while path not in owners:
+        path = path.rpartition(".")[0]
+    return owners[path]

@@ -1,0 +1,108 @@
+"""The peak of one rank's memory: what stays, plus the largest of what comes and goes. Letters: see shape.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from metatt_scale.plan.layout import Layout
+from metatt_scale.plan.memory import ActivationBytes, ChainBytes, activation_bytes, chain_bytes, head_bytes
+from metatt_scale.plan.shape import ITEM_SIZE, ModelShape
+from metatt_scale.plan.weights import WeightBytes, gather_bytes, weight_bytes
+from metatt_scale.plan.wire import TAIL
+from metatt_scale.recipe import Recipe
+
+GIB = 1 << 30
+PHASES = ("embedding", "forward", "loss", "head", "layer")
+"""Moments that may decide the peak: the embedding runs, the last layer's forward, the loss, the backward of the head
+and of a layer."""
+_MOST_EXAMPLES = 1 << 20
+_LIVE, _FETCHED = 10**9, 5 * 10**7
+"""DeepSpeed's defaults of stage3_max_live_parameters and stage3_prefetch_bucket_size, in values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBytes:
+    """One rank's memory in a training step."""
+
+    weights: WeightBytes
+    weights_on_host: int
+    """The part of `weights` that CPU offloading keeps in host memory."""
+    chain: ChainBytes
+    activations: ActivationBytes
+    gathered: int
+    """Gathered weights in the phase that decides the peak."""
+    phases: dict[str, int]
+    """What comes and goes in each of PHASES."""
+
+    @property
+    def phase(self) -> str:
+        """Where the peak is."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def peak(self) -> int:
+        """Weights + chain + what is kept of all layers + the largest phase."""
+        stays = self.weights.total - self.weights_on_host + self.chain.total
+        return stays + self.phases[self.phase]
+
+
+def gathered_bytes(shape: ModelShape, recipe: Recipe, layout: Layout, phase: str) -> int:
+    """Return the gathered weights at their most in a phase.
+
+    FSDP2: the root and two of the unit that computes: its weights, and the buffer they are copied out of or the unit
+    fetched ahead. In the forward of the layers a third: the buffer before is held until the next is there. All units,
+    and two buffers in the forward, where none is given back. ZeRO-3 with its defaults, from the second step on: up to
+    10^9 values stay gathered (so all of a smaller backbone), beside a buffer of 5 * 10^7 that are fetched ahead.
+    """
+    if layout.sharers == 1:
+        return 0
+    sizes = [(u.kind, gather_bytes(u, recipe.backbone, layout.sharers, layout.strategy)) for u in shape.units]
+    everything = sum(size for _, size in sizes)
+    root = sum(size for kind, size in sizes if kind == "root")
+    unit = max((size for kind, size in sizes if kind == ("layer" if phase == "forward" else phase)), default=0)
+    if layout.strategy == "zero3":
+        item = ITEM_SIZE[recipe.backbone.dtype]
+        return min(everything, item * _LIVE) + min(everything, item * _FETCHED)
+    if not layout.reshard:
+        return everything + (2 * unit if phase == "forward" else 0)
+    return {"loss": 0, "forward": root + 3 * unit}.get(phase, root + 2 * unit)
+
+
+def memory_bytes(shape: ModelShape, recipe: Recipe, layout: Layout) -> MemoryBytes:
+    """Return the memory of the busiest rank, term by term."""
+    work, item = layout.work, ITEM_SIZE[recipe.backbone.dtype]
+    weights = weight_bytes(shape, recipe.backbone, ranks=layout.sharers, strategy=layout.strategy)
+    activations = activation_bytes(shape, work, recipe)
+    gathered = {phase: gathered_bytes(shape, recipe, layout, phase) for phase in PHASES}
+    phases = {
+        "embedding": item * work.rows * shape.hidden + gathered["embedding"],
+        "forward": activations.kept + gathered["forward"],
+        "loss": activations.kept + activations.logits + gathered["loss"],
+        "head": activations.kept + head_bytes(shape, work, recipe) + gathered["head"],
+        "layer": activations.kept + activations.layer + gathered["layer"],
+    }
+    memory = MemoryBytes(
+        weights=weights,
+        weights_on_host=weights.packed + weights.unquantised if layout.offload else 0,
+        chain=chain_bytes(shape, recipe, TAIL),
+        activations=activations,
+        gathered=0,
+        phases=phases,
+    )
+    return replace(memory, gathered=gathered[memory.phase])
+
+
+def largest_micro_batch(shape: ModelShape, recipe: Recipe, layout: Layout, limit: int) -> int:
+    """Return the most examples per forward whose peak is at most `limit` bytes; 0 where not even one fits."""
+
+    def fits(examples: int) -> bool:
+        tried = replace(layout, work=replace(layout.work, examples=examples))
+        return memory_bytes(shape, recipe, tried).peak <= limit
+
+    low, high = 0, 1
+    while high < _MOST_EXAMPLES and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

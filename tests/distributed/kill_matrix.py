@@ -1,0 +1,89 @@
+"""What becomes of a job of two ranks when one is killed: `python -m tests.distributed.kill_matrix` prints a table.
+
+The job runs under `torchrun --max-restarts 1`. Times are those of the machine it runs on.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.distributed.jobs import FAULTS, TRAIN, adapter_of, alive, fault, finish, job, torchrun, write_recipe
+
+MOMENTS = {
+    "step": "in the forward of step 6",
+    "all-reduce": "in the all-reduce of step 6",
+    "broadcast": "in a broadcast of rank 0",
+    "checkpoint": "while step 8 is being saved",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of the table."""
+
+    gone: float
+    """Seconds from the kill until no rank of that attempt ran."""
+    back: float
+    """Seconds from the kill until the launcher had started all ranks again."""
+    resumed: int
+    """Step after which the restarted job went on."""
+    same_bits: bool
+    """Whether the final cores are those of an undisturbed run."""
+
+
+def straight(folder: Path) -> bytes:
+    """Return the cores of a run that nothing disturbs."""
+    finish(torchrun(TRAIN, write_recipe(folder, "straight")), folder / "straight.log")
+    return adapter_of(folder / "straight")
+
+
+def gone_after(notes: Path, seconds: float = 60) -> float:
+    """Wait until no rank of the first attempt runs; return the seconds since the fault."""
+    pids = [int(path.read_text().split()[0]) for path in notes.glob("pid-*")]
+    end = time.time() + seconds
+    while any(map(alive, pids)):
+        assert time.time() < end, f"ranks still run {seconds} s after the fault"
+        time.sleep(0.01)
+    return time.time() - float((notes / "moment").read_text())
+
+
+def kill(folder: Path, moment: str, rank: int, expected: bytes) -> Outcome:
+    """Kill one rank at one moment and watch the job recover."""
+    name = f"{moment}-{rank}"
+    notes, log = folder / f"{name}-notes", folder / f"{name}.log"
+    command = torchrun(FAULTS, write_recipe(folder, name), restarts=1)
+    with job(command, log, **fault(moment, rank, notes)) as running:
+        running.wait_until((notes / "moment").exists, "kill")
+        gone = gone_after(notes)
+        pids = [notes / f"pid-{r}" for r in (0, 1)]
+        back = running.wait_until(lambda: all(len(path.read_text().split()) == 2 for path in pids), "restart")
+        assert running.wait() == 0, running.output()
+    resumed = re.findall(r"resuming after step (\d+)", log.read_text())
+    return Outcome(
+        gone=gone,
+        back=back - float((notes / "moment").read_text()),
+        resumed=int(resumed[-1]) if resumed else 0,
+        same_bits=adapter_of(folder / name) == expected,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        expected = straight(folder)
+        print(f"{'SIGKILL':28} rank   all gone  restarted  resumed after  final cores")
+        for moment, words in MOMENTS.items():
+            for rank in (0, 1):
+                out = kill(folder, moment, rank, expected)
+                bits = "bit-equal" if out.same_bits else "DIFFERENT"
+                times = f"{out.gone:7.2f} s  {out.back:7.2f} s"
+                print(f"{words:28} {rank:4}  {times}  {'step ' + str(out.resumed):>13}  {bits}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
