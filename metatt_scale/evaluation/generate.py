@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(
@@ -40,7 +40,6 @@ def continue_tokens(
         ValueError: an empty prompt, no room for a new token, or a negative temperature.
     """
     import torch
-    from transformers import GenerationConfig
 
     if max_new_tokens < 1 or not (temperature == 0 or 1e-3 <= temperature <= 100):
         raise ValueError(
@@ -54,11 +53,26 @@ def continue_tokens(
     longest = max(map(len, prompts))
     tokens_BT = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    config = _generation_config(model, tokenizer, pad, max_new_tokens, temperature)
+    with evaluation_mode(model), torch.no_grad():
+        output = model.generate(  # type: ignore[operator]
+            input_ids=tokens_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=in_step
+        )
+    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return [str(text) for text in texts]
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad: Any, max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    """Return greedy decoding or plain sampling, whatever the model's own configuration prefers."""
+    from transformers import GenerationConfig
+
     own = model.generation_config
     eos = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
     # What is left out here is taken from the model's own configuration, which may sample or penalise repetition.
     plain: dict[str, Any] = {"top_p": 1.0, "num_beams": 1, "repetition_penalty": 1.0}
-    config = GenerationConfig(
+    return GenerationConfig(
         **plain,
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
@@ -68,12 +82,6 @@ def continue_tokens(
         pad_token_id=pad,
         eos_token_id=eos,
     )
-    with evaluation_mode(model), torch.no_grad():
-        output = model.generate(  # type: ignore[operator]
-            input_ids=tokens_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=in_step
-        )
-    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return [str(text) for text in texts]
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from metatt_scale.plan.layout import Layout
 from metatt_scale.plan.memory import ActivationBytes, ChainBytes, activation_bytes, chain_bytes, head_bytes
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape
 from metatt_scale.plan.weights import WeightBytes, gather_bytes, weight_bytes
-from metatt_scale.plan.wire import TAIL
 from metatt_scale.recipe import Recipe
+from metatt_scale.training.reduce import TAIL
 
 GIB = 1 << 30
 PHASES = ("embedding", "forward", "loss", "head", "layer")

@@ -13,10 +13,7 @@ from metatt_scale.plan.memory import FP32
 from metatt_scale.plan.shape import ModelShape, Unit
 from metatt_scale.plan.weights import gather_bytes
 from metatt_scale.recipe import Recipe
-from metatt_scale.training.reduce import SIGNALS
-
-TAIL = 3 + len(SIGNALS)
-"""Values behind the gradients in the step's buffer: loss, tokens, ranks that are not finite, one flag per signal."""
+from metatt_scale.training.reduce import TAIL
 
 
 def ring_all_reduce(size: int, ranks: int) -> float:

@@ -19,6 +19,9 @@ from metatt_scale.parallel import World
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that end a run after a whole, saved step; the first that any rank received counts."""
 
+TAIL = 3 + len(SIGNALS)
+"""Values behind the gradients: loss, tokens, ranks that were not finite, and one count per signal."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSums:

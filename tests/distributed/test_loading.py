@@ -95,7 +95,9 @@ def outcome(models, tmp_path_factory):
     def look_up(engine, key):
         ranks = 1 if engine == "none" else 2
         if engine not in done:
+            done[engine] = None
             done[engine] = start(engine, ranks)
+        assert done[engine] is not None, f"{engine} did not run: see the first of its tests"
         found = []
         for rank in range(ranks):
             stem = f"{done[engine]}/{key.replace('/', '+')}.{rank}"
