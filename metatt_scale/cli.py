@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from metatt_scale import __version__
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe
+
+_GIVE_WAY_SECONDS = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if why is None or os.environ.get("METATT_DEBUG"):
             raise
         if why:
+            # The rank that failed is still on its way out: its own error should stand first, and launchers take the
+            # first process that exits for the cause. They end this one meanwhile.
+            time.sleep(_GIVE_WAY_SECONDS)
             print(f"error{_which_rank()}: {why}", file=sys.stderr)
         return 2
 

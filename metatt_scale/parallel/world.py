@@ -152,7 +152,8 @@ def join(device: torch.device, timeout: timedelta, *, group: bool = False) -> It
                 f"the launcher says {size} ranks but the process group has {dist.get_world_size()}; "
                 "each would train a model of its own"
             )
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        # torchrun and accelerate set the first of these, the deepspeed launcher the second.
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
     finally:

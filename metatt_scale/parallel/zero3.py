@@ -45,6 +45,14 @@ class Zero3:
         # A collective that PyTorch has renamed; DeepSpeed's affair.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
         _check_supported(config, dtype)
+        offload = config["zero_optimization"].get("offload_param", {})
+        if world.device.type == "cpu" and offload.get("device") == "cpu":
+            # There is nothing to pin for, and DeepSpeed would compile a library for it (its reader of NVMe needs one).
+            config = {**config, "zero_optimization": {**config["zero_optimization"]}}
+            config["zero_optimization"]["offload_param"] = {**offload, "pin_memory": False}
+        # A shared-memory collective for CPUs that would be compiled at every start; a process killed meanwhile leaves
+        # a lock on which every later one waits for ever. gloo does its work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self._deepspeed = deepspeed
         self._world = world
@@ -139,7 +147,14 @@ def _check_supported(config: dict[str, Any], dtype: torch.dtype) -> None:
             f"backbone.dtype is {str(dtype).removeprefix('torch.')}, in which DeepSpeed does not compute on "
             f"{accelerator.device_name()}; use bfloat16 or float32, or set parallel.backbone: fsdp2"
         )
-    if config["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
+    offload = config["zero_optimization"].get("offload_param", {})
+    if offload.get("device") == "nvme":
+        path = str(offload.get("nvme_path"))
+        if not os.path.isdir(path):  # DeepSpeed would make it, on whatever disk that is
+            raise ValueError(
+                f"zero_optimization.offload_param.nvme_path is {path!r}, which is no folder; name one on a disk that "
+                "is local to every node"
+            )
         builder = accelerator.create_op_builder("AsyncIOBuilder")
         if builder is None or not builder.is_compatible(verbose=False):
             raise ValueError(
