@@ -8,6 +8,7 @@ tensors and JSON, never pickled objects. A world of one process does all of this
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ Message = tuple[Any, Mapping[str, Tensor]]
 """Something JSON can hold, and named tensors."""
 
 _FINE, _FAILED = 0, 1
+_groups = itertools.count()
 
 
 class OtherRankError(RuntimeError):
@@ -164,7 +166,7 @@ def _store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return the key-value store through which ranks find each other.
 
     Under torchrun the agent serves one store for all attempts: a prefix per attempt keeps the addresses of ranks that
-    died out of the next one.
+    died out of the next one, and a count does so for a process that joins a second time.
     """
     if size == 1:
         return HashStore()
@@ -172,4 +174,4 @@ def _store(rank: int, size: int, timeout: timedelta) -> Store:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
     store = TCPStore(address, port, size, is_master=not served and rank == 0, timeout=timeout)
-    return PrefixStore(f"attempt {attempt}", store)
+    return PrefixStore(f"attempt {attempt}, group {next(_groups)}", store)

@@ -47,7 +47,7 @@ class Zero3:
         _check_supported(config, dtype)
         offload = config["zero_optimization"].get("offload_param", {})
         if world.device.type == "cpu" and offload.get("device") == "cpu":
-            # There is nothing to pin for, and DeepSpeed would compile a library for it (its reader of NVMe needs one).
+            # There is nothing to pin for, and DeepSpeed would compile a library for it; its NVMe reader needs one.
             config = {**config, "zero_optimization": {**config["zero_optimization"]}}
             config["zero_optimization"]["offload_param"] = {**offload, "pin_memory": False}
         # A shared-memory collective for CPUs that would be compiled at every start; a process killed meanwhile leaves

@@ -21,7 +21,7 @@ from typing import Any
 
 from metatt_scale.backbone import byte_tokenizer
 from metatt_scale.data import prepare
-from metatt_scale.parallel import join, read_launch
+from metatt_scale.parallel import World, join, read_launch
 from metatt_scale.recipe import Recipe
 from tests.distributed.equivalence import ROOT, make_trainer
 from tests.toy import CPU, toy_recipe, write_toy
@@ -63,25 +63,24 @@ def own_nvme(folder: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     return {"deepspeed_config": str(edited)}
 
 
-def losses(folder: Path, parallel: dict[str, Any], micro: int | None) -> list[float | None]:
+def losses(folder: Path, world: World, parallel: dict[str, Any], micro: int | None) -> list[float | None]:
     """What one rank does for one job: the loss of every step."""
-    with join(CPU, timedelta(minutes=5), group=True) as world:
-        recipe = recipe_for(folder, own_nvme(folder, parallel), micro or BATCH // world.size)
-        trainer = make_trainer(recipe, world, read_launch(recipe.parallel))
-        return [trainer._step()["loss"] for _ in range(STEPS)]
+    recipe = recipe_for(folder, own_nvme(folder, parallel), micro or BATCH // world.size)
+    trainer = make_trainer(recipe, world, read_launch(recipe.parallel))
+    return [trainer._step()["loss"] for _ in range(STEPS)]
 
 
 def work(folder: Path, names: list[str]) -> None:
     """What one rank does for all jobs of its world size; rank 0 writes the curves."""
-    size = int(os.environ["WORLD_SIZE"])
     curves = {}
-    for name in names:
-        try:
-            curves[name] = losses(folder, *JOBS[size][name])
-        except ValueError as error:  # a library that this machine lacks; every rank finds the same
-            curves[name] = str(error)
-    if os.environ["RANK"] == "0":
-        (folder / f"curves-{size}.json").write_text(json.dumps(curves))
+    with join(CPU, timedelta(minutes=2), group=True) as world:
+        for name in names:
+            try:
+                curves[name] = losses(folder, world, *JOBS[world.size][name])
+            except ValueError as error:  # a library that this machine lacks; every rank finds the same
+                curves[name] = str(error)
+        if world.is_first:
+            (folder / f"curves-{world.size}.json").write_text(json.dumps(curves))
 
 
 def measure(folder: Path, size: int, names: list[str] | None = None) -> dict[str, Any]:
