@@ -328,8 +328,11 @@ def test_two_runs_never_share_a_folder(tmp_path):
     train(recipe, quiet())
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_a_launcher_that_says_half_is_refused(tmp_path, monkeypatch):
+    """Two ranks that do not find each other would train two models."""
     write_toy(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one of 2 processes"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but RANK"):
         train(toy_recipe(tmp_path), quiet())
