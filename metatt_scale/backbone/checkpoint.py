@@ -131,6 +131,8 @@ def _files_of(folder: Path) -> dict[str, list[str] | None]:
         raise OSError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
     found: dict[str, list[str] | None] = {}
     for key, file in json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+        if Path(file).name != file:  # a stranger's index may not lead out of its folder
+            raise Unfit(f"{_INDEX} names the file {file!r}, which is not in the folder; fetch the model again")
         wanted = found.setdefault(file, [])
         assert wanted is not None
         wanted.append(key)

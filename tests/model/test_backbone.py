@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -352,6 +353,10 @@ def test_what_cannot_be_loaded_layer_by_layer_is_refused(tmp_path, saved, copy_o
     refused(copy_of, "cannot be loaded.*fetch it again")
     file.unlink()
     refused(copy_of, r"no \.safetensors file.*convert them to safetensors")
+    save_file(weights, tmp_path / "outside.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, os.path.relpath(tmp_path / "outside.safetensors", copy_of))}
+    (copy_of / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(copy_of, "names the file '.*outside.safetensors', which is not in the folder")
     refused(saved, "int8, whose layers keep their weights outside.*use nf4 or none", quantization="int8")
     for storage in ("uint8", "bfloat16"):
         remedy = rf"quant_storage is {storage}.*set backbone\.quant_storage: float32"
