@@ -177,7 +177,7 @@ def test_launchers(recipe, name):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=recipe.parent, env=environment)
     assert done.returncode == 0, done.stderr
-    assert ("trainable_parameters" if name == "plan" else "adapter: ") in done.stdout
+    assert ("trainable parameters" if name == "plan" else "adapter: ") in done.stdout
     if name == "train":
         assert done.stderr == "", "nothing but progress, and that on stdout"
         assert [line["step"] for line in metrics(recipe.parent / "run")] == [1, 2]
