@@ -66,6 +66,12 @@ class Fsdp2:
             ValueError: as `shard`; or the 4-bit layer computes something else now.
         """
         self._shard(model)
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, FSDPModule):  # frozen, so its backward needs no weights, though it would fetch them
+            embedding.set_unshard_in_backward(False)
+        self._compare()
+
+    def _compare(self) -> None:
         self._parity.check(self._world, _gathered)
 
     def _shard(self, module: nn.Module) -> None:

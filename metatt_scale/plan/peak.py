@@ -16,8 +16,6 @@ PHASES = ("embedding", "forward", "loss", "head", "layer")
 """Moments that may decide the peak: the embedding runs, the last layer's forward, the loss, the backward of the head
 and of a layer."""
 _MOST_EXAMPLES = 1 << 20
-_LIVE, _FETCHED = 10**9, 5 * 10**7
-"""DeepSpeed's defaults of stage3_max_live_parameters and stage3_prefetch_bucket_size, in values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +49,9 @@ def gathered_bytes(shape: ModelShape, recipe: Recipe, layout: Layout, phase: str
 
     FSDP2: the root and two of the unit that computes: its weights, and the buffer they are copied out of or the unit
     fetched ahead. In the forward of the layers a third: the buffer before is held until the next is there. All units,
-    and two buffers in the forward, where none is given back. ZeRO-3 with its defaults, from the second step on: up to
-    10^9 values stay gathered (so all of a smaller backbone), beside a buffer of 5 * 10^7 that are fetched ahead.
+    and two buffers in the forward, where none is given back. ZeRO-3 from the second step on: up to `kept` values
+    stay gathered (by default 10^9, so all of a smaller backbone), but at least the unit that computes, beside a
+    buffer of `fetched` values (by default 5 * 10^7).
     """
     if layout.sharers == 1:
         return 0
@@ -62,7 +61,7 @@ def gathered_bytes(shape: ModelShape, recipe: Recipe, layout: Layout, phase: str
     unit = max((size for kind, size in sizes if kind == ("layer" if phase == "forward" else phase)), default=0)
     if layout.strategy == "zero3":
         item = ITEM_SIZE[recipe.backbone.dtype]
-        return min(everything, item * _LIVE) + min(everything, item * _FETCHED)
+        return min(everything, max(item * layout.kept, unit)) + min(everything, item * layout.fetched)
     if not layout.reshard:
         return everything + (2 * unit if phase == "forward" else 0)
     return {"loss": 0, "forward": root + 3 * unit}.get(phase, root + 2 * unit)

@@ -39,20 +39,21 @@ def lora_buffer(shape: ModelShape, rank: int) -> int:
 def gathers_of(unit: Unit, shape: ModelShape, recipe: Recipe, layout: Layout) -> int:
     """Return how often a unit is gathered per micro-batch: for its forward, and again for its backward.
 
-    Not for the backward where the unit is kept (reshard off), or where none runs: without recomputation, nothing asks
-    for a gradient in the embedding and in the layers below the first adapted one. But FSDP2 fetches ahead, in the
-    reverse of the forward's order, so the one unit before the last backward is gathered a second time for nothing.
+    Not for the backward where the unit is kept (reshard off), or where none runs: in the embedding under FSDP2, and
+    without recomputation in the layers below the first adapted one, which nothing asks for a gradient. But FSDP2
+    fetches ahead, in the reverse of the forward's order, so the last of those layers is gathered again for nothing.
     """
     if layout.sharers == 1:
         return 0
     if not layout.reshard:
         return 1
+    fsdp2 = layout.strategy == "fsdp2"
     if recipe.backbone.gradient_checkpointing:  # transformers lets the embedding's output ask for a gradient then
-        return 2
+        return 1 if fsdp2 and unit.kind == "embedding" else 2
     below = [u.path for kind in ("embedding", "layer") for u in shape.units if u.kind == kind]
     layers = [u.path for u in shape.units if u.kind == "layer"]
     below = below[: below.index(layers[shape.target_map.layers[0]])]
-    return 1 if unit.path in (below[:-1] if layout.strategy == "fsdp2" else below) else 2
+    return 1 if unit.path in below and not (fsdp2 and unit.path == below[-1] != below[0]) else 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ def test_wire_of_a_sharded_job(capsys):
     assert wire["chain"] == {"all_reduces": 1, "bytes": 4 * (count + 6), "sent": 2 * 7 / 8 * 4 * (count + 6)}
     assert wire["lora_under_ddp"]["bytes"] == 4 * 4_194_304
     micro_batches = plan["layout"]["micro_batches_per_step"]
-    assert wire["backbone"]["all_gathers"] == micro_batches * 2 * (32 + 3)
+    assert wire["backbone"]["all_gathers"] == micro_batches * (2 * (32 + 2) + 1)
     assert wire["backbone"]["sent"] == pytest.approx(7 / 8 * wire["backbone"]["bytes"])
 
 
@@ -101,6 +101,23 @@ def test_offloading_moves_the_shards_to_the_host(capsys):
     moved = on_host["memory"]["weights_on_host"]
     assert moved == on_gpu["memory"]["weights"]["packed"] + on_gpu["memory"]["weights"]["unquantised"]
     assert on_host["memory"]["peak"] == on_gpu["memory"]["peak"] - moved
+
+
+def test_a_deepspeed_file_is_read(capsys, tmp_path):
+    def memory(file, *options):
+        return planned(capsys, "--gpus-per-node", "4", f"parallel.deepspeed_config={file}", *options)["memory"]
+
+    configs = RECIPES.parent / "ds_configs"
+    usual = memory(configs / "zero3.json")
+    plain = planned(capsys, "--gpus-per-node", "4", "parallel.backbone=zero3")["memory"]
+    assert usual == plain
+    sparing = tmp_path / "sparing.json"
+    zero = {"stage": 3, "stage3_max_live_parameters": 1e6, "stage3_prefetch_bucket_size": 0}
+    sparing.write_text(json.dumps({"zero_optimization": zero}))
+    assert memory(sparing)["gathered"] < usual["gathered"] / 10
+    moved = memory(configs / "zero3_offload_cpu.json")["weights_on_host"]
+    assert moved == usual["weights"]["packed"] + usual["weights"]["unquantised"]
+    assert memory(configs / "zero2.json")["weights"]["packed"] == 4 * usual["weights"]["packed"]  # replicas
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3", "replicate"])
