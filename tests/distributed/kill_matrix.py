@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from tests.distributed.jobs import FAULTS, TRAIN, adapter_of, alive, fault, finish, job, torchrun, write_recipe
@@ -35,10 +36,12 @@ class Outcome:
     """Whether the final cores are those of an undisturbed run."""
 
 
-def straight(folder: Path) -> bytes:
+def straight(folder: Path, backbone: str = "replicate") -> bytes:
     """Return the cores of a run that nothing disturbs."""
-    finish(torchrun(TRAIN, write_recipe(folder, "straight")), folder / "straight.log")
-    return adapter_of(folder / "straight")
+    name = f"straight-{backbone}"
+    recipe = write_recipe(folder, name, parallel={"backbone": backbone})
+    finish(torchrun(TRAIN, recipe), folder / f"{name}.log")
+    return adapter_of(folder / name)
 
 
 def gone_after(notes: Path, seconds: float = 60) -> float:
@@ -51,11 +54,11 @@ def gone_after(notes: Path, seconds: float = 60) -> float:
     return time.time() - float((notes / "moment").read_text())
 
 
-def kill(folder: Path, moment: str, rank: int, expected: bytes) -> Outcome:
+def kill(folder: Path, moment: str, rank: int, expected: bytes, backbone: str = "replicate") -> Outcome:
     """Kill one rank at one moment and watch the job recover."""
-    name = f"{moment}-{rank}"
+    name = f"{backbone}-{moment}-{rank}"
     notes, log = folder / f"{name}-notes", folder / f"{name}.log"
-    command = torchrun(FAULTS, write_recipe(folder, name), restarts=1)
+    command = torchrun(FAULTS, write_recipe(folder, name, parallel={"backbone": backbone}), restarts=1)
     with job(command, log, **fault(moment, rank, notes)) as running:
         running.wait_until((notes / "moment").exists, "kill")
         gone = gone_after(notes)
@@ -75,14 +78,15 @@ def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        expected = straight(folder)
-        print(f"{'SIGKILL':28} rank   all gone  restarted  resumed after  final cores")
-        for moment, words in MOMENTS.items():
-            for rank in (0, 1):
-                out = kill(folder, moment, rank, expected)
+        print(f"{'SIGKILL':28} backbone   rank   all gone  restarted  resumed after  final cores")
+        for backbone in ("replicate", "fsdp2", "zero3"):
+            expected = straight(folder, backbone)
+            for moment, rank in product(MOMENTS, (0, 1)):
+                out = kill(folder, moment, rank, expected, backbone)
                 bits = "bit-equal" if out.same_bits else "DIFFERENT"
                 times = f"{out.gone:7.2f} s  {out.back:7.2f} s"
-                print(f"{words:28} {rank:4}  {times}  {'step ' + str(out.resumed):>13}  {bits}", flush=True)
+                step = f"step {out.resumed}"
+                print(f"{MOMENTS[moment]:28} {backbone:9}  {rank:4}  {times}  {step:>13}  {bits}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def test_a_killed_rank_takes_the_job_down_and_the_restart_changes_no_bit(undistu
     outcome = kill(folder, moment, rank, expected)
     print(outcome)
     assert outcome.same_bits and outcome.resumed == resumed
-    assert checkpoints_of(folder / f"{moment}-{rank}") == ["step-000008", "step-000012"], "nothing half-written"
+    left = checkpoints_of(folder / f"replicate-{moment}-{rank}")
+    assert left == ["step-000008", "step-000012"], "nothing half-written"
 
 
 def test_sigterm_on_any_rank_saves_once_ends_all_alike_and_costs_no_bit(undisturbed):
