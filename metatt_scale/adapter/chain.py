@@ -3,10 +3,10 @@
 One `ChainAdapter` holds all trainable parameters. The adapted linears keep a plain, unregistered reference to
 it, so no engine that walks the backbone's parameters ever meets a core.
 
-A core has one life per optimizer step: `fold` contracts the chain into the factors A, C, B of every module, as
-compute copies and as full-precision leaves; forward and backward passes of any number of micro-batches use them
-and add their gradients to the leaves; `pull_back` carries the sums to `core.grad`. The next forward folds anew
-because the optimizer has changed the cores.
+A core has one life per optimizer step: `fold` contracts the chain into the factors of every module, as compute
+copies and as full-precision leaves; forward and backward passes of any number of micro-batches use them and add
+their gradients to the leaves; `pull_back` carries the sums to `core.grad`. The next forward folds anew because the
+optimizer has changed the cores.
 """
 
 from __future__ import annotations
@@ -14,32 +14,27 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
-from metatt_scale.adapter.modes import ChainSpec, Factors, factors
+from metatt_scale.adapter.folding import Fold, Operand, Operands, fold, folding_pays
+from metatt_scale.adapter.modes import ChainSpec
 from metatt_scale.adapter.targets import Target, TargetMap
-
-
-class Operand(NamedTuple):
-    """One factor of one module: the leaf that receives its gradient, and the copy that computes."""
-
-    leaf: Tensor
-    copy: Tensor
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear with y += (x A) C B behind it; A, C, B come from the owner of the chain."""
 
-    def __init__(self, base_layer: nn.Module, adapter: ChainAdapter, index: int) -> None:
+    def __init__(self, base_layer: nn.Module, adapter: ChainAdapter) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.index = index
         self.merged_layer: nn.Module | None = None
+        self.operands: Operands | None = None
+        """Set by the owner; held here, and not looked up there, so that a compiled layer needs no index."""
         self._owner = (adapter,)  # inside a tuple, so that nn.Module does not register it as a child
         # A packed linear with a bias returns a view made inside its autograd Function; nothing may write into it.
         self._copies = base_layer.bias is not None and type(base_layer) not in (nn.Linear, Conv1D)
@@ -56,7 +51,8 @@ class AdaptedLinear(nn.Module):
         y = self.base_layer(x)
         if not self.adapter.enabled:
             return y
-        return self.adapter.add_to(y.clone() if self._copies else y, x, self.index)
+        assert self.operands is not None, "the model's forward folds the chain first"
+        return self.adapter.add_to(y.clone() if self._copies else y, x, self.operands)
 
 
 class ChainAdapter(nn.Module):
@@ -71,14 +67,19 @@ class ChainAdapter(nn.Module):
         self.target_map = target_map
         self.compute_dtype = dtype
         self.enabled = True
+        self.reference = False
+        """Compute by the plain reference arithmetic."""
+        self.rows_per_step: int | None = None
+        """Rows that go through a module per optimizer step, for the choice between two orders of the products."""
+        self.room = 0
+        """Bytes that folded products may take."""
         self.linears: tuple[AdaptedLinear, ...] = ()
         self.cores = nn.ParameterList([nn.Parameter(core) for core in cores])
         self._forget()
 
     def _forget(self) -> None:
-        self._folded_at: tuple[int, ...] | None = None
-        self._operands: list[tuple[Operand, Operand, Operand]] = []
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # (node of the graph back to the cores, leaf)
+        self._folded_at: tuple[Any, ...] | None = None
+        self._fold = Fold()
         self._shared: tuple[Any, ...] | None = None
 
     @property
@@ -94,47 +95,60 @@ class ChainAdapter(nn.Module):
 
     def fold(self) -> None:
         """Contract the cores into every module's factors, unless that is done and the cores are unchanged."""
-        versions = tuple(core._version for core in self.cores)
-        if self._folded_at == versions:
+        state = (self.reference, self.folds_into_b, *(core._version for core in self.cores))
+        if self._folded_at == state:
             return
         self._forget()
-        # Outside inference mode: the leaves must be able to serve a later backward.
-        with torch.inference_mode(False), torch.enable_grad():
-            a_LMIP, c_LMPQ, b_LMQO = factors(self.spec, list(self.cores), self.alpha)
-            c_nodes = c_LMPQ.flatten(0, 1).unbind(0)
-            made: dict[tuple[Any, ...], Operand] = {}
-            for target in self.targets:
-                la, ma = _place(a_LMIP, target)
-                lb, mb = _place(b_LMQO, target)
-                lc, mc = _place(c_LMPQ, target)
-                c_node = c_nodes[lc * c_LMPQ.shape[1] + mc]
-                a_node, b_node = a_LMIP[la, ma, : target.d_in], b_LMQO[lb, mb, :, : target.d_out]
-                self._operands.append(
-                    (
-                        self._operand(made, ("a", la, ma, target.d_in), a_node),
-                        self._operand(made, ("c", lc, mc), c_node),
-                        self._operand(made, ("b", lb, mb, target.d_out), b_node),
-                    )
-                )
-        self._folded_at = versions
+        # Outside inference mode: the leaves must be able to serve a later backward. Without autocast: products of
+        # cores are made in the cores' precision.
+        device = self.cores[0].device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            self._fold = fold(
+                self.spec,
+                list(self.cores),
+                self.alpha,
+                self.targets,
+                dtype=self.compute_dtype,
+                into_b=self.folds_into_b,
+                with_values=self.reference,
+            )
+        for linear, operands in zip(self.linears, self._fold.modules, strict=True):
+            linear.operands = operands
+        self._folded_at = state
 
-    def _operand(self, made: dict[tuple[Any, ...], Operand], key: tuple[Any, ...], graph: Tensor) -> Operand:
-        if key not in made:
-            leaf = graph.detach().clone(memory_format=torch.contiguous_format).requires_grad_(graph.requires_grad)
-            made[key] = Operand(leaf, leaf.detach().to(self.compute_dtype))
-            self._pairs.append((graph, leaf))
-        return made[key]
+    @property
+    def folds_into_b(self) -> bool:
+        """Whether the middle cores are multiplied into the last factor once per step: see `folding_pays`."""
+        if self.reference:
+            return False
+        item = self.compute_dtype.itemsize
+        return folding_pays(self.spec.middle_bonds, self.targets, self.rows_per_step, self.room, item)
 
-    def add_to(self, y: Tensor, x: Tensor, index: int) -> Tensor:
-        """Add module `index`'s adapter output for input x to its base output y, in place where possible."""
-        a, c, b = self._operands[index]
+    def add_to(self, y: Tensor, x: Tensor, operands: Operands) -> Tensor:
+        """Add a module's adapter output for input x to its base output y, in place where possible."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # the copies have the type to compute in
+                return self._add_to(y, x, operands)
+        return self._add_to(y, x, operands)
+
+    def _add_to(self, y: Tensor, x: Tensor, operands: Operands) -> Tensor:
+        a, c, b = operands
+        if self.reference:
+            assert c is not None
+            return operator.reference(y, x, a.leaf, c.leaf, b.leaf)
         h = self._project(x, a)
         if not torch.is_grad_enabled():
-            return operator.add_low_rank(y, h, c.copy, b.copy)
-        return operator.accumulate(y, h, c.leaf, b.leaf, c.copy, b.copy)
+            return operator.add_product(y, h if c is None else h @ c.copy, b.copy)
+        # A compiled graph has no use for writing in place, and cannot trace it here.
+        in_place = not torch.compiler.is_compiling()
+        if c is None:
+            return operator.add_folded(y, h, b.leaf, b.copy, in_place=in_place)
+        return operator.add_thin_first(y, h, c.leaf, b.leaf, c.copy, b.copy, in_place=in_place)
 
     def _project(self, x: Tensor, a: Operand) -> Tensor:
         """Return x A, once for neighbours that read the same x (Q, K and V; gate and up)."""
+        if torch.compiler.is_compiling():  # the compiler finds equal products by itself
+            return operator.project(x.to(self.compute_dtype), a.leaf, a.copy)
         grad = torch.is_grad_enabled()
         if self._shared is not None and not x.is_inference():
             seen, version, operand, with_grad, h = self._shared
@@ -150,9 +164,7 @@ class ChainAdapter(nn.Module):
 
     def pull_back(self) -> None:
         """Carry the gradients that all backward passes left on the factors to `core.grad`, adding to it."""
-        live = [(graph, leaf) for graph, leaf in self._pairs if leaf.grad is not None]
-        if live:
-            torch.autograd.backward([graph for graph, _ in live], [leaf.grad for _, leaf in live])
+        self._fold.pull_back()
         self._forget()
 
     def set_cores(self, cores: Sequence[Tensor]) -> None:
@@ -171,23 +183,3 @@ class ChainAdapter(nn.Module):
             yield
         finally:
             self.enabled = before
-
-    def factors_of(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return module `index`'s A (d_in x r), C (r x r', holds alpha) and B (r' x d_out) in the cores' dtype."""
-        self.fold()
-        a, c, b = self._operands[index]
-        return a.leaf.detach(), c.leaf.detach(), b.leaf.detach()
-
-
-def factors_at(all_factors: Factors, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the A (d_in x r), C (r x r') and B (r' x d_out) of one module out of those of all."""
-    a_LMIP, c_LMPQ, b_LMQO = all_factors
-    a_IP = a_LMIP[_place(a_LMIP, target)][: target.d_in]
-    b_QO = b_LMQO[_place(b_LMQO, target)][:, : target.d_out]
-    return a_IP, c_LMPQ[_place(c_LMPQ, target)], b_QO
-
-
-def _place(factor_LM: Tensor, target: Target) -> tuple[int, int]:
-    """Return the (layer, projection) index of a target in a factor whose axes may be shared (size 1)."""
-    layers, projections = factor_LM.shape[:2]
-    return (target.layer if layers > 1 else 0), (target.projection if projections > 1 else 0)

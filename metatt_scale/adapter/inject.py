@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
+from metatt_scale.adapter.folding import ROOM
 from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order, initial_cores
 from metatt_scale.adapter.targets import TargetMap, find_targets
 from metatt_scale.recipe import AdapterRecipe
@@ -62,6 +64,7 @@ def inject(model: PreTrainedModel, recipe: AdapterRecipe, seed: int) -> ChainAda
             "model; give one core `ze`, or set adapter.allow_nonzero_start: true"
         )
     adapter = ChainAdapter(spec, cores, recipe.alpha, target_map, compute_dtype(model))
+    adapter.reference = recipe.operator == "reference"
     attach(model, adapter)
     return adapter
 
@@ -70,19 +73,29 @@ def attach(model: PreTrainedModel, adapter: ChainAdapter) -> None:
     """Put the adapter's linears in the place of the model's, and fold the chain before every forward."""
     model.requires_grad_(False)
     linears = []
-    for index, target in enumerate(adapter.targets):
+    for target in adapter.targets:
         parent_path, _, name = target.path.rpartition(".")
         parent, base = model.get_submodule(parent_path), model.get_submodule(target.path)
         if isinstance(base, AdaptedLinear):
             raise ValueError(f"{target.path} is adapted already; load the backbone anew for a second adapter")
-        adapted = AdaptedLinear(base, adapter, index)
+        adapted = AdaptedLinear(base, adapter)
         adapted.train(base.training)
         setattr(parent, name, adapted)
         linears.append(adapted)
     adapter.linears = tuple(linears)
+    adapter.room = _held_bytes(model) // ROOM
     adapter.to(next(model.parameters()).device)
     model.register_forward_pre_hook(lambda *_: adapter.fold())
     model.register_forward_hook(lambda *_: adapter.forget_input())
+
+
+def _held_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that this process holds: its shard where an engine has cut them."""
+    total = 0
+    for parameter in model.parameters():
+        held = parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+        total += held.numel() * held.element_size()
+    return total
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

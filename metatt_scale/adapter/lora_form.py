@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metatt_scale.adapter.chain import ChainAdapter, factors_at
+from metatt_scale.adapter.chain import ChainAdapter
+from metatt_scale.adapter.folding import factors_at
 from metatt_scale.adapter.modes import factors
 
 

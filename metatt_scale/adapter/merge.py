@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
 from metatt_scale.adapter.chain import ChainAdapter
+from metatt_scale.adapter.folding import factors_at
+from metatt_scale.adapter.modes import factors
 
 
 @torch.no_grad()
@@ -26,9 +28,10 @@ def merge(adapter: ChainAdapter) -> None:
         ValueError: a merged weight holds NaN or infinity; the message names the module.
     """
     merged = []
-    for index, (linear, target) in enumerate(zip(adapter.linears, adapter.targets, strict=True)):
+    all_factors = factors(adapter.spec, list(adapter.cores), adapter.alpha)
+    for linear, target in zip(adapter.linears, adapter.targets, strict=True):
         plain = plain_linear(linear.base_layer, adapter.compute_dtype)
-        delta_IO = operator.delta(*adapter.factors_of(index))
+        delta_IO = operator.delta(*factors_at(all_factors, target))
         delta = delta_IO if isinstance(plain, Conv1D) else delta_IO.mT  # Conv1D stores input x output
         # One rounding, of the sum: the delta alone in bf16 would lose its small entries.
         weight = (plain.weight.to(delta.dtype) + delta.to(plain.weight.device)).to(plain.weight.dtype)

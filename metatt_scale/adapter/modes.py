@@ -66,6 +66,13 @@ class ChainSpec:
         modes, bonds = self._forward_order()
         return bonds[_cut(modes)[1] - 1]
 
+    @property
+    def middle_bonds(self) -> tuple[int, int]:
+        """The bonds left and right of C, the product of the middle cores."""
+        modes, bonds = self._forward_order()
+        start, end = _cut(modes)
+        return bonds[start - 1], bonds[end - 1]
+
     def _forward_order(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         if _is_reversed(self.modes):
             return self.modes[::-1], self.ranks[::-1]

@@ -1,10 +1,14 @@
 """The adapted linear's arithmetic: y += (x A) C B, with gradients returned to full-precision leaves.
 
 A, C and B enter as compute copies (the backbone's dtype) beside their leaves (the cores' dtype). The copies do
-the arithmetic, the leaves only receive the gradients: what is summed over modules and micro-batches is summed
-in full precision. `project` is one node per distinct input, so Q, K and V share x A and its backward.
+the arithmetic; the leaves only receive the gradients, and own no memory: what is summed over modules and
+micro-batches is summed in full precision. `project` is one node per distinct input, so Q, K and V share x A, and the
+thin gradients of all three are summed before its backward touches the wide dimension.
 
-Shape legend: N rows (batch x sequence), I input width, O output width, P, Q bonds (thin).
+The rest of the chain has two orders. Thin first, (h C) B, for few rows; with C folded into B once per step, h M, when
+the rows are many (see folding.py). Both write into the base output with `addmm`.
+
+Shape legend: N rows (batch x sequence), I input width, O output width, P, Q bonds (thin), T tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _Project(Function):
-    """h = x A."""
+    """h = x A. Saves x by reference."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a_leaf: Tensor, a_IP: Tensor) -> Tensor:
@@ -36,15 +40,42 @@ class _Project(Function):
         return dx, None if da_IP is None else da_IP.to(ctx.leaf_dtype), None
 
 
-class _Accumulate(Function):
-    """y += h C B, in place."""
+class _AddFolded(Function):
+    """y += h M with M = C B. Saves h, which the modules of one input share."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, c_leaf: Tensor, b_leaf: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h: Tensor, m_leaf: Tensor, m_PO: Tensor, in_place: bool) -> Tensor:
+        ctx.save_for_backward(h, m_PO)
+        ctx.leaf_dtype = m_leaf.dtype
+        if not in_place:
+            return y + (h @ m_PO).to(y.dtype)
+        ctx.mark_dirty(y)
+        return add_product(y, h, m_PO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, m_PO = ctx.saved_tensors
+        dy = grads[0]
+        dy_NO = dy.to(h.dtype).flatten(0, -2)
+        dh = (dy_NO @ m_PO.mT).view_as(h) if ctx.needs_input_grad[1] else None
+        dm_PO = (h.flatten(0, -2).mT @ dy_NO).to(ctx.leaf_dtype) if ctx.needs_input_grad[2] else None
+        return dy, dh, dm_PO, None, None
+
+
+class _AddThinFirst(Function):
+    """y += (h C) B. Saves h; u = h C is cheaper to make again than to keep."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, h: Tensor, c_leaf: Tensor, b_leaf: Tensor, c_PQ: Tensor, b_QO: Tensor, in_place: bool
+    ) -> Tensor:
         ctx.save_for_backward(h, c_PQ, b_QO)
         ctx.leaf_dtypes = c_leaf.dtype, b_leaf.dtype
+        if not in_place:
+            return y + (h @ c_PQ @ b_QO).to(y.dtype)
         ctx.mark_dirty(y)
-        return add_low_rank(y, h, c_PQ, b_QO)
+        return add_product(y, h @ c_PQ, b_QO)
 
     @staticmethod
     @once_differentiable
@@ -56,7 +87,7 @@ class _Accumulate(Function):
         dh = (du_NQ @ c_PQ.mT).view_as(h) if ctx.needs_input_grad[1] else None
         dc_PQ = (h_NP.mT @ du_NQ).to(ctx.leaf_dtypes[0]) if ctx.needs_input_grad[2] else None
         db_QO = ((h_NP @ c_PQ).mT @ dy_NO).to(ctx.leaf_dtypes[1]) if ctx.needs_input_grad[3] else None
-        return dy, dh, dc_PQ, db_QO, None, None
+        return dy, dh, dc_PQ, db_QO, None, None, None
 
 
 def project(x: Tensor, a_leaf: Tensor, a_IP: Tensor) -> Tensor:
@@ -65,15 +96,44 @@ def project(x: Tensor, a_leaf: Tensor, a_IP: Tensor) -> Tensor:
     return h
 
 
-def accumulate(y: Tensor, h: Tensor, c_leaf: Tensor, b_leaf: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
-    """Add h C B to y in place and return it, differentiable in y, h and the leaves behind C and B."""
-    result: Tensor = _Accumulate.apply(y, h, c_leaf, b_leaf, c_PQ, b_QO)  # type: ignore[assignment]
+def add_folded(y: Tensor, h: Tensor, m_leaf: Tensor, m_PO: Tensor, *, in_place: bool = True) -> Tensor:
+    """Return y + h M (written into y unless told otherwise), differentiable in y, h and the leaf behind M."""
+    result: Tensor = _AddFolded.apply(y, h, m_leaf, m_PO, in_place)  # type: ignore[assignment]
     return result
 
 
-def add_low_rank(y: Tensor, h: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
-    """Add h C B to y in place (no gradient)."""
-    u = h @ c_PQ
+def add_thin_first(
+    y: Tensor, h: Tensor, c_leaf: Tensor, b_leaf: Tensor, c_PQ: Tensor, b_QO: Tensor, *, in_place: bool = True
+) -> Tensor:
+    """Return y + (h C) B, written into y unless told otherwise; differentiable in y, h and the leaves of C and B."""
+    result: Tensor = _AddThinFirst.apply(y, h, c_leaf, b_leaf, c_PQ, b_QO, in_place)  # type: ignore[assignment]
+    return result
+
+
+def mix_by_task(h: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Tensor:
+    """Return u[n] = h[n] C[task[n]]: each row through the middle product of its own task, in one batched product.
+
+    h C for all tasks at once costs T times the thin product and no loop over examples; a gathered C per row would be
+    N P Q values. Differentiable in h and C. (paper eq. 6: x G1 G2[l] G3[t] G4[m] G5)
+
+    Args:
+        h: (..., P) projected rows.
+        c_TPQ: middle products of all tasks.
+        task_N: int64 index of each row's task, as many as h has rows.
+    """
+    u_NTQ = torch.einsum("np,tpq->ntq", h.flatten(0, -2), c_TPQ)
+    u_NQ = u_NTQ.gather(1, task_N[:, None, None].expand(-1, 1, u_NTQ.shape[-1])).squeeze(1)
+    return u_NQ.view(*h.shape[:-1], u_NTQ.shape[-1])
+
+
+def reference(y: Tensor, x: Tensor, a_IP: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
+    """Return y + x A C B by plain differentiable operations: what the others are compared with."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return y + (x.to(dtype) @ a_IP.to(dtype) @ c_PQ.to(dtype) @ b_QO.to(dtype)).to(y.dtype)
+
+
+def add_product(y: Tensor, u: Tensor, b_QO: Tensor) -> Tensor:
+    """Add u B to y in place (no gradient)."""
     if y.dtype == b_QO.dtype and y.is_contiguous():
         y.view(-1, y.shape[-1]).addmm_(u.flatten(0, -2), b_QO)
     else:  # an engine or an 8-bit layer that answers in another type

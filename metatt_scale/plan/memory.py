@@ -48,7 +48,7 @@ class ChainBytes:
     moments: int
     """AdamW's two: 8 P."""
     factors: int
-    """Contracted factors A, C, B of all modules: fp32 leaves, and copies in the backbone's dtype."""
+    """What the modules multiply with: copies in the backbone's dtype of A and of C and B, or of C B."""
     gradients: int
     """Of the factors' leaves and of the cores, and the flat buffer that is all-reduced."""
 
@@ -58,40 +58,44 @@ class ChainBytes:
         return self.cores + self.moments + self.factors + self.gradients
 
 
-def chain_bytes(shape: ModelShape, recipe: Recipe, tail: int) -> ChainBytes:
+def chain_bytes(shape: ModelShape, recipe: Recipe, tail: int, *, folded: bool) -> ChainBytes:
     """Return the chain's bytes; `tail` values ride behind the gradients in the all-reduce.
 
-    With f values in all distinct factors and g values in those contracted from several cores:
-    cores 4 P, moments 8 P, factors 4 f + 4 g + e f (e < 4), gradients 4 f + 4 P + 4 (P + tail).
+    With f values in n distinct factors (e bytes each as copies, 4 as gradients; a leaf owns one value):
+    cores 4 P, moments 8 P, factors e f + 4 n, gradients 4 f + 4 P + 4 (P + tail). The graph between factors and cores
+    keeps the middle products besides, 4 L M r^2.
+
+    Args:
+        shape: the model, its targets and the chain.
+        recipe: says the type that computes.
+        tail: values behind the gradients.
+        folded: C is folded into B (adapter/folding.py).
     """
     n = shape.spec.n_parameters
-    distinct, contracted = _factor_values(shape)
-    item = ITEM_SIZE[recipe.backbone.dtype]
-    copies = item * distinct if item < FP32 else 0
+    sizes = _factor_values(shape, folded)
     return ChainBytes(
         cores=FP32 * n,
         moments=2 * FP32 * n,
-        factors=FP32 * (distinct + contracted) + copies,
-        gradients=FP32 * (distinct + n + n + tail),
+        factors=ITEM_SIZE[recipe.backbone.dtype] * sum(sizes) + FP32 * len(sizes),
+        gradients=FP32 * (sum(sizes) + n + n + tail),
     )
 
 
-def _factor_values(shape: ModelShape) -> tuple[int, int]:
-    """Return the values of all distinct factors of the targets, and of those that are no view of one core."""
+def _factor_values(shape: ModelShape, folded: bool) -> list[int]:
+    """Return the number of values of each distinct factor of the targets."""
     cores = [torch.empty(core, device="meta") for core in shape.spec.shapes]
     a_LMIP, c_LMPQ, b_LMQO = factors(shape.spec, cores)
+    p, q = c_LMPQ.shape[-2:]
     sizes: dict[tuple[object, ...], int] = {}
-    for target in shape.target_map.targets:
-        for name, factor, values in (
-            ("a", a_LMIP, target.d_in * a_LMIP.shape[-1]),
-            ("c", c_LMPQ, c_LMPQ.shape[-2] * c_LMPQ.shape[-1]),
-            ("b", b_LMQO, target.d_out * b_LMQO.shape[-2]),
-        ):
+    for index, target in enumerate(shape.target_map.targets):
+        terms = [("a", a_LMIP, target.d_in * p)]
+        terms += [] if folded else [("c", c_LMPQ, p * q), ("b", b_LMQO, q * target.d_out)]
+        for name, factor, values in terms:
             place = (target.layer if factor.shape[0] > 1 else 0, target.projection if factor.shape[1] > 1 else 0)
             sizes[(name, *place, values)] = values
-    single = {core.numel() for core in (cores[0], cores[-1])}
-    contracted = c_LMPQ.numel() + sum(f.numel() for f in (a_LMIP, b_LMQO) if f.numel() not in single)
-    return sum(sizes.values()), contracted
+        if folded:
+            sizes["m", index] = p * target.d_out
+    return list(sizes.values())
 
 
 # ---- activations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from metatt_scale.adapter.folding import ROOM, folding_pays
 from metatt_scale.plan.layout import Layout
 from metatt_scale.plan.memory import ActivationBytes, ChainBytes, activation_bytes, chain_bytes, head_bytes
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape
@@ -72,6 +73,8 @@ def memory_bytes(shape: ModelShape, recipe: Recipe, layout: Layout) -> MemoryByt
     work, item = layout.work, ITEM_SIZE[recipe.backbone.dtype]
     weights = weight_bytes(shape, recipe.backbone, ranks=layout.sharers, strategy=layout.strategy)
     activations = activation_bytes(shape, work, recipe)
+    rows = layout.micro_batches * work.rows
+    folded = folding_pays(shape.spec.middle_bonds, shape.target_map.targets, rows, weights.total // ROOM, item)
     gathered = {phase: gathered_bytes(shape, recipe, layout, phase) for phase in PHASES}
     phases = {
         "embedding": item * work.rows * shape.hidden + gathered["embedding"],
@@ -83,7 +86,7 @@ def memory_bytes(shape: ModelShape, recipe: Recipe, layout: Layout) -> MemoryByt
     memory = MemoryBytes(
         weights=weights,
         weights_on_host=weights.packed + weights.unquantised if layout.offload else 0,
-        chain=chain_bytes(shape, recipe, TAIL),
+        chain=chain_bytes(shape, recipe, TAIL, folded=folded),
         activations=activations,
         gathered=0,
         phases=phases,

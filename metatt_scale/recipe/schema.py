@@ -63,6 +63,8 @@ class AdapterRecipe(_Section):
     Absent: zeros for the first core, `no` for the middle ones, `id` for the last (paper, Llama)."""
     init_std: float = Field(default=0.2, gt=0, le=100)
     """Standard deviation of the letter pair `no`."""
+    operator: Literal["fused", "reference"] = "fused"
+    """How the adapter computes: `reference` is the plain arithmetic that `fused` is tested against."""
     allow_nonzero_start: bool = False
     """Accept an initialisation whose chain is not zero, so that training does not start at the frozen model."""
 
