@@ -8,6 +8,7 @@ that needs them, after its arguments and recipe are checked.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -21,6 +22,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from metatt_scale import __version__
+from metatt_scale.benchmark.command import run as run_benchmark
+from metatt_scale.benchmark.settings import add_arguments as add_benchmark_arguments
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe
@@ -40,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("METATT_DEBUG"):
             raise
-        # What is wrong with arguments or recipe every process finds: one per node tells it.
-        if not isinstance(error, RecipeError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error{_which_rank()}: {_message(error)}", file=sys.stderr)
+        if isinstance(error, RecipeError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            # What is wrong with arguments or recipe every process finds: the first of each node tells it, and the
+            # launcher ends this one meanwhile. If it does not, the error is this one's alone.
+            time.sleep(_GIVE_WAY_SECONDS)
+        print(f"error{_which_rank()}: {_message(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         why = _told_elsewhere(error)
@@ -58,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _which_rank() -> str:
     """Return where an error happened, for the jobs that have more than one place."""
-    return "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" on rank {os.environ.get('RANK')}"
+    rank = os.environ.get("RANK")
+    return "" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f" on rank {rank}"
 
 
 def _told_elsewhere(error: RuntimeError) -> str | None:
@@ -71,7 +77,12 @@ def _told_elsewhere(error: RuntimeError) -> str | None:
         return ""
     if isinstance(error, distributed.DistError) or "gloo" in str(error):
         reason = str(error).splitlines()[0]
-        return f"a collective failed, so another rank is gone or waited too long; its own error tells why ({reason})"
+        if "timed out" in reason.lower():
+            return (
+                "a collective failed: another rank did not answer within parallel.timeout_minutes. Its own error "
+                f"tells why; if it has none it hangs, was never started, or needs a larger value ({reason})"
+            )
+        return f"a collective failed, so another rank is gone; its own error tells why ({reason})"
     return None
 
 
@@ -85,9 +96,13 @@ def _one_process(command: str) -> None:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room and start the same command again (a run goes on from its newest checkpoint)"
+        return f"{where}{error.strerror}; {remedy}"
+    return f"{where}{error.strerror}" if where else str(error)
 
 
 def _parse(arguments: Sequence[str] | None) -> Namespace:
@@ -113,6 +128,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # PyTorch writes the C++ stack of a rank that waits in vain; the exception that follows tells what we say of it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed sets its level when it loads, so here a filter.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -146,11 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--backbone-only", action="store_true", help="leave the adapter out")
     generate.set_defaults(run=_generate)
 
-    benchmark = commands.add_parser("benchmark", help="time a step beside the frozen model's and PEFT LoRA's")
+    benchmark = commands.add_parser("benchmark", help="time and memory beside the frozen model and PEFT")
     _add_recipe(benchmark)
-    benchmark.add_argument("--examples", type=int, default=8, help="examples per step")
-    benchmark.add_argument("--length", type=int, default=128, help="tokens per example")
-    benchmark.add_argument("--repeats", type=int, default=7, help="counted rounds")
+    add_benchmark_arguments(benchmark)
     benchmark.set_defaults(run=_benchmark)
 
     quickstart = commands.add_parser("quickstart", help="the README's first example, from nothing to exports")
@@ -288,16 +303,9 @@ def _generate(options: Namespace) -> int:
 
 
 def _benchmark(options: Namespace) -> int:
-    _one_process("benchmark")
-    recipe = load_recipe(options.recipe, options.overrides)
-    for name, least in (("examples", 1), ("length", 2), ("repeats", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
-    from metatt_scale.benchmark import measure_steps, timing_table
-
-    timings = measure_steps(recipe, examples=options.examples, length=options.length, repeats=options.repeats)
-    _console().print(timing_table(timings, recipe))
-    return 0
+    if options.table != "wire":
+        _one_process(f"benchmark --table {options.table}")
+    return run_benchmark(load_recipe(options.recipe, options.overrides), options, _console())
 
 
 def _quickstart(options: Namespace) -> int:

@@ -29,6 +29,17 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Add the path to what the operating system refuses without naming a file, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def fsync_folder(path: Path) -> None:
     """Make the names inside a folder durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -44,12 +55,13 @@ def write_text(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
+        with naming(path):
+            with open(temporary, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -92,27 +104,28 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        yield temporary
-        for inner in sorted(temporary.rglob("*")):
-            if inner.is_file():
-                with open(inner, "rb") as file:
-                    os.fsync(file.fileno())
+        with naming(path):
+            yield temporary
+            for inner in sorted(temporary.rglob("*")):
+                if inner.is_file():
+                    with open(inner, "rb") as file:
+                        os.fsync(file.fileno())
+                else:
+                    fsync_folder(inner)
+            fsync_folder(temporary)
+            if path.exists():
+                retired = temporary.with_name(temporary.name + "-old")
+                os.rename(path, retired)
+                try:
+                    os.rename(temporary, path)
+                except BaseException:
+                    if not path.exists():
+                        os.rename(retired, path)
+                    raise
+                shutil.rmtree(retired)
             else:
-                fsync_folder(inner)
-        fsync_folder(temporary)
-        if path.exists():
-            retired = temporary.with_name(temporary.name + "-old")
-            os.rename(path, retired)
-            try:
                 os.rename(temporary, path)
-            except BaseException:
-                if not path.exists():
-                    os.rename(retired, path)
-                raise
-            shutil.rmtree(retired)
-        else:
-            os.rename(temporary, path)
-        fsync_folder(path.parent)
+            fsync_folder(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

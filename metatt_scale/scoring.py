@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from metatt_scale.backbone import pick_device
 from metatt_scale.evaluation import TaskScore, evaluate
-from metatt_scale.parallel import World, join, make_engine, place_in_world, read_launch
-from metatt_scale.recipe import EvaluationRecipe, ParallelRecipe
+from metatt_scale.parallel import (
+    ContradictionError,
+    Launch,
+    Place,
+    World,
+    check_engine,
+    join,
+    make_engine,
+    place_in_world,
+    read_launch,
+    with_fitting_shards,
+)
+from metatt_scale.recipe import EvaluationRecipe, ParallelRecipe, Recipe
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen
 
 ZERO_SHOT, FINE_TUNED = "zero_shot", "fine_tuned"
@@ -29,16 +42,42 @@ def score_run(
 ) -> dict[str, dict[str, TaskScore]]:
     """Score a run directory or adapter folder; results.json in the run directory keeps every finished task.
 
-    Every rank of a job calls this. They share the questions; the launcher says who holds the backbone.
+    Every rank of a job calls this. They share the questions; who holds the backbone is as in the run, unless the
+    launcher says otherwise.
     """
-    recipe = read_recipe(adapter_folder(path), backbone)[1]
-    launch = read_launch(ParallelRecipe())
-    if launch.strategy == "replicate" and place_in_world()[1] > 1:  # the launcher leaves it to the recipe
-        launch = read_launch(recipe.parallel)
+    place, device = place_in_world(), pick_device()
+    launch, recipe = _here(read_recipe(adapter_folder(path), backbone)[1], place, device)
     timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
-    with join(pick_device(), timeout, group=launch.strategy != "replicate") as world:
+    with join(device, timeout, group=launch.strategy != "replicate") as world:
         opened = reopen(path, console, backbone, make_engine(world, launch, recipe))
         return score_opened(opened, settings, zero_shot=zero_shot, world=world)
+
+
+def _here(recipe: Recipe, place: Place, device: torch.device) -> tuple[Launch, Recipe]:
+    """Return who holds the backbone in this job, and a run's recipe with `parallel` as it can be here.
+
+    Scoring may have other ranks, devices and another launcher than the run had, and its recipe cannot be changed: a
+    launcher that contradicts it wins, shards that the ranks cannot share evenly go over all of them, and what would
+    be offloaded from a GPU stays where it is on a CPU. One process that no launcher started holds everything.
+    """
+    parallel = recipe.parallel
+    if "WORLD_SIZE" not in os.environ:
+        parallel = _launchers_own(parallel)
+    try:
+        launch = read_launch(parallel)
+    except ContradictionError:
+        parallel = _launchers_own(parallel)
+        launch = read_launch(parallel)
+    parallel = with_fitting_shards(parallel, place.size, place.local_size)
+    if device.type == "cpu":
+        parallel = parallel.model_copy(update={"cpu_offload": False})
+    recipe = recipe.model_copy(update={"parallel": parallel})
+    check_engine(launch, recipe, size=place.size, local_size=place.local_size, device=device)
+    return launch, recipe
+
+
+def _launchers_own(parallel: ParallelRecipe) -> ParallelRecipe:
+    return ParallelRecipe(timeout_minutes=parallel.timeout_minutes)
 
 
 def score_opened(

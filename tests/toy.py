@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -114,3 +115,9 @@ def snapshot(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def one_step(trainer: Trainer) -> dict[str, Any]:
+    """Do one optimizer step and return its numbers."""
+    trainer._launch()
+    return trainer._settle()[1]

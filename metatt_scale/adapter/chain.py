@@ -70,7 +70,7 @@ class ChainAdapter(nn.Module):
         self.reference = False
         """Compute by the plain reference arithmetic."""
         self.rows_per_step: int | None = None
-        """Rows that go through a module per optimizer step, for the choice between two orders of the products."""
+        """Rows that go through a module per optimizer step, on all ranks: decides the order of the products."""
         self.room = 0
         """Bytes that folded products may take."""
         self.linears: tuple[AdaptedLinear, ...] = ()

@@ -51,8 +51,8 @@ class Fold:
             torch.autograd.backward([edge for edge, _ in live], [gradient for _, gradient in live])
 
 
-ROOM = 32
-"""Folded products may take this part of the weights' bytes: about a percent of a training step's peak."""
+ROOM = 64
+"""Folded products may take this part of the weights' bytes: below a percent of a training step's peak."""
 
 
 def folding_pays(bonds: tuple[int, int], targets: Sequence[Target], rows: int | None, room: int, item: int) -> bool:
@@ -65,7 +65,7 @@ def folding_pays(bonds: tuple[int, int], targets: Sequence[Target], rows: int | 
     Args:
         bonds: P and Q.
         targets: the adapted modules.
-        rows: N of an optimizer step on this rank; None where M serves any number of forwards (inference).
+        rows: N of an optimizer step; None where M serves any number of forwards (inference).
         room: bytes that the copies of M may take.
         item: bytes of a value that computes.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
@@ -83,19 +82,18 @@ def attach(model: PreTrainedModel, adapter: ChainAdapter) -> None:
         setattr(parent, name, adapted)
         linears.append(adapted)
     adapter.linears = tuple(linears)
-    adapter.room = _held_bytes(model) // ROOM
+    adapter.room = _weight_bytes(model) // ROOM
     adapter.to(next(model.parameters()).device)
     model.register_forward_pre_hook(lambda *_: adapter.fold())
     model.register_forward_hook(lambda *_: adapter.forget_input())
 
 
-def _held_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of weights that this process holds: its shard where an engine has cut them."""
-    total = 0
-    for parameter in model.parameters():
-        held = parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
-        total += held.numel() * held.element_size()
-    return total
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the whole model's weights, also where an engine has cut them.
+
+    What follows from it must not depend on the engine or the number of ranks: the order of the products changes bits.
+    """
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

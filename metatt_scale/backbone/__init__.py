@@ -1,13 +1,13 @@
 """The frozen model: where it comes from, how it is stored, how it computes."""
 
+from metatt_scale.backbone.attention import pick_attention
 from metatt_scale.backbone.loading import (
     enable_checkpointing,
     load_backbone,
     load_skeleton,
-    pick_attention,
     pick_device,
 )
-from metatt_scale.backbone.quantised import quantise, quantised_linear
+from metatt_scale.backbone.quantised import quantised_linear
 from metatt_scale.backbone.source import Source, identity, resolve
 from metatt_scale.backbone.tokenizer import byte_tokenizer, load_tokenizer
 from metatt_scale.backbone.units import Engine, find_units
@@ -24,7 +24,6 @@ __all__ = [
     "load_tokenizer",
     "pick_attention",
     "pick_device",
-    "quantise",
     "quantised_linear",
     "resolve",
 ]

@@ -71,7 +71,7 @@ class Checkpoint:
         self._check_ties(state)
         ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
         for name in state:
-            if self.read(name) is None and not any(pattern.search(name) for pattern in ignored):
+            if self._stored(name) is None and not any(pattern.search(name) for pattern in ignored):
                 self.absent.add(name)
 
     def _look_up(self, folder: Path, model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, tuple[str, str]]:
@@ -109,9 +109,13 @@ class Checkpoint:
         file, key = self._places[name]
         return self._files[file].get_tensor(key)
 
+    def _stored(self, name: str) -> str | None:
+        """Return the name under which the files have a tensor: its own, or one tied to it."""
+        return next((alias for alias in self._aliases.get(name, (name,)) if alias in self._places), None)
+
     def read(self, name: str) -> Tensor | None:
         """Return the tensor of this name, or of one tied to it, mapped from its file; None where there is none."""
-        stored = next((alias for alias in self._aliases.get(name, (name,)) if alias in self._places), None)
+        stored = self._stored(name)
         return None if stored is None else self._tensor(stored)
 
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from metatt_scale.backbone.attention import pick_attention
 from metatt_scale.backbone.checkpoint import Checkpoint, Unfit, fetch
 from metatt_scale.backbone.quantised import check_shardable
 from metatt_scale.backbone.source import Source, first_line, resolve, why_not
@@ -40,9 +41,19 @@ _LOADING_ERRORS = (OSError, ValueError, ImportError, StrictDataclassError, Safet
 
 
 def pick_device() -> torch.device:
-    """Return this process's accelerator, or the CPU (also where ACCELERATE_USE_CPU asks for it)."""
+    """Return this process's accelerator, or the CPU (also where ACCELERATE_USE_CPU asks for it).
+
+    Raises:
+        ValueError: more ranks on this node than GPUs.
+    """
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(
+                f"LOCAL_RANK is {index}, but this node has {count} GPU{'s' if count > 1 else ''}; start at most "
+                f"{count} process{'es' if count > 1 else ''} here, or set ACCELERATE_USE_CPU=1"
+            )
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
@@ -237,28 +248,6 @@ def _build(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
         raise ValueError(f"backbone: no {config.model_type} can be built ({first_line(error)})") from None
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: str) -> str:
-    """Return the attention implementation: `auto` is flash-attn where it is installed and the device has it.
-
-    Raises:
-        ValueError: flash-attn asked for where it cannot run.
-    """
-    possible = (
-        device.type == "cuda"
-        and dtype != "float32"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and importlib.util.find_spec("flash_attn") is not None
-    )
-    if wanted == "auto":
-        return "flash_attention_2" if possible else "sdpa"
-    if wanted == "flash_attention_2" and not possible:
-        raise ValueError(
-            "backbone.attention is flash_attention_2, which needs the package flash-attn, a CUDA device of compute "
-            "capability 8.0 or more and a 16-bit dtype; use `auto` or `sdpa`"
-        )
-    return wanted
-
-
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute every layer in the backward pass, non-reentrant (the reentrant kind loses hooks and gradients)."""
     options = {"use_reentrant": False}
@@ -266,3 +255,6 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(options)
     else:
         model.gradient_checkpointing_enable(options)
+    # transformers lets the embedding's output ask for a gradient, which only reentrant checkpoints need: every layer
+    # below the first adapted one would be recomputed, and gathered, for nothing.
+    model.disable_input_require_grads()

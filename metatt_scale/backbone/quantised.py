@@ -9,28 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metatt_scale.recipe import BackboneRecipe
+from metatt_scale.recipe import BackboneRecipe, RecipeError
 
 _OUTLIER = 6.0
 """Columns of activations beyond this are multiplied in 16 bits by int8 layers on a GPU (LLM.int8(), Dettmers et al.
 2022); rounding them to 8 bits as well would ruin models of 6.7 billion parameters and more."""
 
-_BLOCK = 64
+BLOCK = 64
 """Weights that share a scale in 4-bit storage. The CPU kernel of bitsandbytes 0.50 starts a new block with every row,
 the packing does not: at a width of 32 or 96 the unpacked weights are off by a fifth and more."""
 
-
 _PIECE = 1 << 20
 """Weights that are quantised at once: a whole number of blocks and of bytes."""
-
-
-def quantise(model: PreTrainedModel, recipe: BackboneRecipe, device: torch.device) -> None:
-    """Replace every linear of the layers by its bitsandbytes form, one at a time (the output head stays).
-
-    Raises:
-        ValueError: a model whose linears cannot be quantised (GPT-2's Conv1D).
-    """
-    pack(model, linears_to_pack(model, recipe, device), recipe, device)
 
 
 def linears_to_pack(model: PreTrainedModel, recipe: BackboneRecipe, device: torch.device) -> list[str]:
@@ -51,10 +41,10 @@ def linears_to_pack(model: PreTrainedModel, recipe: BackboneRecipe, device: torc
             "its layers; use quantization: none"
         )
     for path, linear in linears:
-        if recipe.quantization != "int8" and device.type == "cpu" and linear.in_features % _BLOCK:
+        if recipe.quantization != "int8" and device.type == "cpu" and linear.in_features % BLOCK:
             raise ValueError(
                 f"backbone.quantization is {recipe.quantization}, but {path} is {linear.in_features} wide: on a CPU "
-                f"bitsandbytes unpacks 4-bit weights wrongly unless the input width is a multiple of {_BLOCK}; use "
+                f"bitsandbytes unpacks 4-bit weights wrongly unless the input width is a multiple of {BLOCK}; use "
                 "int8 or none"
             )
     return [path for path, _ in linears]
@@ -73,15 +63,15 @@ def check_shardable(recipe: BackboneRecipe) -> None:
     """Refuse quantised weights that no sharding engine can cut and gather.
 
     Raises:
-        ValueError: int8, or packed bytes under another type than that of the unquantised weights.
+        RecipeError: int8, or packed bytes under another type than that of the unquantised weights.
     """
     if recipe.quantization == "int8":
-        raise ValueError(
+        raise RecipeError(
             "backbone.quantization is int8, whose layers keep their weights outside the parameters that FSDP2 and "
             "ZeRO-3 shard; use nf4 or none, or set parallel.backbone: replicate"
         )
     if recipe.quantization != "none" and recipe.quant_storage != recipe.dtype:
-        raise ValueError(
+        raise RecipeError(
             f"backbone.quant_storage is {recipe.quant_storage} and backbone.dtype is {recipe.dtype}, but FSDP2 and "
             f"ZeRO-3 gather a layer in one float type; set backbone.quant_storage: {recipe.dtype}, or "
             "parallel.backbone: replicate"
@@ -139,7 +129,7 @@ def _quantise_in_pieces(weight: Tensor, recipe: BackboneRecipe, device: torch.de
     packed, scales, state = [], [], None
     for piece in weight.reshape(-1).split(_PIECE):
         data, state = functional.quantize_4bit(
-            piece.to(device), blocksize=_BLOCK, quant_type=recipe.quantization, quant_storage=storage
+            piece.to(device), blocksize=BLOCK, quant_type=recipe.quantization, quant_storage=storage
         )
         packed.append(data)
         scales.append(state.absmax)

@@ -7,6 +7,7 @@ from metatt_scale.data.batches import (
     Mixture,
     collate,
     micro_batches,
+    pack,
     split,
     target_count,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "concatenate",
     "llm_adapters_prompt",
     "micro_batches",
+    "pack",
     "plain_prompt",
     "prepare",
     "split",

@@ -3,7 +3,8 @@
 The global order is a pure function of (seed, step): a resumed run needs the step alone, and every rank of any
 world size knows each global batch without asking the others.
 
-Shape letters: B examples of a micro-batch, S tokens of its longest example.
+Shape letters: B examples of a micro-batch, S tokens of its longest example. Packed, all of them stand in one row: B
+is 1 and S is the sum of their lengths.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _FILLER_TOKENS = 8
 
 
 class Batch(NamedTuple):
-    """Right-padded examples that go through the model at once."""
+    """Examples that go through the model at once: one a row, padded on the right; or all packed into one row."""
 
     input_ids_BS: torch.Tensor
     """int64 tokens."""
@@ -39,6 +40,8 @@ class Batch(NamedTuple):
     """int64, 1 where there is a token and 0 where there is padding."""
     labels_BS: torch.Tensor
     """int64, the token at the same position where it is to be predicted (not shifted), else `IGNORE`."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each example, in the order of the row, where the examples are packed; None where they are padded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,16 +160,27 @@ def deal(
 
 
 def micro_batches(
-    table: TokenTable, indices: Indices, *, micro_batch_size: int, rank: int, world_size: int, pad_token_id: int
+    table: TokenTable,
+    indices: Indices,
+    *,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_token_id: int,
+    packed: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank for these examples, as many as on every other rank.
 
-    Over all ranks they hold each example of `indices` exactly once. A rank with too few examples gets fillers: one
-    short example without labels, which adds nothing to loss or gradient.
+    Over all ranks they hold each example of `indices` exactly once, and the same ones whether they are packed or
+    padded. A rank with too few examples gets fillers: one short example without labels, which adds nothing to loss or
+    gradient.
     """
     parts = deal(table.lengths, indices, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
     for part in parts:
-        yield collate(table, part, pad_token_id) if len(part) else _filler(table, int(indices[0]))
+        if not len(part):
+            yield _filler(table, int(indices[0]), packed)
+        else:
+            yield pack(table, part) if packed else collate(table, part, pad_token_id)
 
 
 def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: int) -> Batch:
@@ -180,13 +194,27 @@ def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: i
         input_ids_BS[row, : len(tokens)] = tokens
         attention_mask_BS[row, : len(tokens)] = 1
         labels_BS[row, : len(tokens)][flags] = tokens[flags]
-    return Batch(*map(torch.from_numpy, (input_ids_BS, attention_mask_BS, labels_BS)))
+    return Batch(torch.from_numpy(input_ids_BS), torch.from_numpy(attention_mask_BS), torch.from_numpy(labels_BS))
 
 
-def _filler(table: TokenTable, index: int) -> Batch:
+def pack(table: TokenTable, indices: Sequence[int] | Indices) -> Batch:
+    """Put examples one after the other into one row, without padding."""
+    examples = [table.example(int(index)) for index in indices]
+    input_ids_S = np.concatenate([tokens for tokens, _ in examples])
+    labels_S = np.where(np.concatenate([flags for _, flags in examples]), input_ids_S, IGNORE)
+    lengths = tuple(len(tokens) for tokens, _ in examples)
+    # What stands before the first token of an example is another example: nothing to predict it from.
+    labels_S[np.cumsum((0, *lengths[:-1]))] = IGNORE
+    input_ids_BS = torch.from_numpy(input_ids_S)[None]
+    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), torch.from_numpy(labels_S)[None], lengths)
+
+
+def _filler(table: TokenTable, index: int, packed: bool) -> Batch:
     tokens, _ = table.example(index)
     input_ids_BS = torch.from_numpy(tokens[:_FILLER_TOKENS])[None]
-    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), torch.full_like(input_ids_BS, IGNORE))
+    labels_BS = torch.full_like(input_ids_BS, IGNORE)
+    lengths = (input_ids_BS.shape[1],) if packed else None
+    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), labels_BS, lengths)
 
 
 def _permutation(n: int, *key: int) -> Indices:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from metatt_scale.parallel.checks import check_engine
 from metatt_scale.parallel.launcher import Launch
 from metatt_scale.parallel.world import World
 from metatt_scale.recipe import Recipe
@@ -22,6 +23,7 @@ def make_engine(world: World, launch: Launch, recipe: Recipe) -> Fsdp2 | Zero3 |
     Raises:
         ValueError: the engine cannot hold this backbone, or not on these ranks.
     """
+    check_engine(launch, recipe, size=world.size, local_size=world.local_size, device=world.device)
     if launch.strategy == "replicate":
         return None
     dtype = getattr(torch, recipe.backbone.dtype)
@@ -29,7 +31,7 @@ def make_engine(world: World, launch: Launch, recipe: Recipe) -> Fsdp2 | Zero3 |
         from metatt_scale.parallel.fsdp2 import Fsdp2
 
         return Fsdp2(world, recipe.parallel, dtype)
-    from metatt_scale.parallel.zero3 import Zero3, zero3_config  # DeepSpeed loads for seconds
+    from metatt_scale.parallel.zero3 import Zero3, zero3_config
 
     micro = recipe.training.micro_batch_size
     config = zero3_config(
@@ -39,4 +41,4 @@ def make_engine(world: World, launch: Launch, recipe: Recipe) -> Fsdp2 | Zero3 |
         dtype=dtype,
         world_size=world.size,
     )
-    return Zero3(world, config, dtype)
+    return Zero3(world, config, dtype, launch.deepspeed_file)

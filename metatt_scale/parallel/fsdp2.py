@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from metatt_scale.parallel.checks import shard_ranks
 from metatt_scale.parallel.parity import Parity
 from metatt_scale.parallel.world import World
 from metatt_scale.recipe import ParallelRecipe
@@ -33,13 +34,8 @@ class Fsdp2:
             dtype: the type of all weights.
 
         Raises:
-            ValueError: a shard size that does not divide the world, or offloading where there is nothing to offload.
+            ValueError: a shard size that does not divide the world.
         """
-        if recipe.cpu_offload and world.device.type == "cpu":
-            raise ValueError(
-                "parallel.cpu_offload is true, but this run computes on the CPU, whose memory the shards are in "
-                "anyway; leave it out"
-            )
         # Linears with a bias return views. What is written in place here are outputs inside a layer (the chain's
         # sums), never the output of a sharded unit, which is what FSDP2 warns of.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -102,13 +98,7 @@ def _gathered(unit: nn.Module) -> Iterator[None]:
 
 def _mesh(world: World, recipe: ParallelRecipe) -> DeviceMesh:
     """Return one axis of ranks, or (copies, ranks that share a copy)."""
-    named = {"world": world.size, "node": world.local_size}
-    size = recipe.shard_size if isinstance(recipe.shard_size, int) else named[recipe.shard_size]
-    if world.size % size:
-        raise ValueError(
-            f"parallel.shard_size is {recipe.shard_size} ({size} ranks), which does not divide the {world.size} "
-            "ranks of this job; give a divisor, or `world`"
-        )
+    size = shard_ranks(recipe, world.size, world.local_size)
     kind = world.device.type
     if size == world.size:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))

@@ -14,11 +14,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from metatt_scale.recipe import ParallelRecipe, RecipeError
 
 Strategy = Literal["replicate", "fsdp2", "zero3"]
+
+
+class ContradictionError(RecipeError):
+    """The launcher asks for what the recipe excludes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,8 @@ class Launch:
     strategy: Strategy
     deepspeed: dict[str, Any] | None = None
     """DeepSpeed's configuration as the user wrote it, for `zero3`."""
+    deepspeed_file: str | None = None
+    """Where it was read from."""
     note: str | None = None
     """One line that the user should read."""
 
@@ -36,35 +42,40 @@ def read_launch(recipe: ParallelRecipe) -> Launch:
     """Join the launcher's environment and the recipe's `parallel` section.
 
     Raises:
-        RecipeError: they contradict each other; the message says which to change.
+        ContradictionError: they contradict each other; the message says which to change.
+        RecipeError: a DeepSpeed file that cannot be used.
     """
     asked, sign, file = _asked_by_launcher()
     file = recipe.deepspeed_config or file
     if recipe.deepspeed_config and asked == "fsdp2":
-        raise RecipeError(
+        raise ContradictionError(
             f"started with {sign}, but parallel.deepspeed_config is set; leave it out, or start with accelerate "
             "launch --use_deepspeed"
         )
     config, note, remedy = None, None, f"start with {_STARTED_BY.get(recipe.backbone)}"
     if file is not None:
         config = _read_config(file)
-        stage = _stage_of(config, file)
+        stage = config.get("zero_optimization", {}).get("stage", 0)
         sign, remedy = f"{sign} with {file}" if sign else file, "name a DeepSpeed file of stage 3"
         asked, note = _by_stage(stage, sign)
     elif asked == "zero3" and (stage := os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")):
+        if stage not in ("0", "1", "2", "3"):
+            raise RecipeError(
+                f"ACCELERATE_DEEPSPEED_ZERO_STAGE is {stage!r}; give accelerate launch --zero_stage 0, 1, 2 or 3"
+            )
         asked, note = _by_stage(int(stage), f"{sign} --zero_stage {stage}")
     if asked is not None and recipe.backbone not in ("auto", asked):
-        raise RecipeError(
+        raise ContradictionError(
             f"parallel.backbone is {recipe.backbone}, but {sign} means {asked}; set parallel.backbone: auto or "
             f"{asked}, or {remedy}"
         )
     strategy: Strategy = (asked or "replicate") if recipe.backbone == "auto" else recipe.backbone
-    if strategy != "fsdp2" and (recipe.cpu_offload or recipe.shard_size != "world"):
-        raise RecipeError(
-            f"parallel.cpu_offload and parallel.shard_size are settings of fsdp2, but the backbone is {strategy}; "
-            "leave them out, or set parallel.backbone: fsdp2"
-        )
-    return Launch(strategy=strategy, deepspeed=config if strategy == "zero3" else None, note=note)
+    if problem := recipe.foreign_to(strategy):
+        raise ContradictionError(problem)
+    _check_flags(recipe, config or {})
+    if strategy != "zero3":
+        return Launch(strategy=strategy, note=note)
+    return Launch(strategy=strategy, deepspeed=config, deepspeed_file=file, note=note)
 
 
 _STARTED_BY = {
@@ -92,26 +103,65 @@ def _asked_by_launcher() -> tuple[Strategy | None, str, str | None]:
     return None, "", None
 
 
+def _check_flags(recipe: ParallelRecipe, config: dict[str, Any]) -> None:
+    """Refuse accelerate's own settings of how to shard where ours, which count, say something else."""
+    fsdp, deepspeed = _is_on("ACCELERATE_USE_FSDP"), _is_on("ACCELERATE_USE_DEEPSPEED")
+    offload = fsdp and _is_on("FSDP_OFFLOAD_PARAMS")
+    keep = fsdp and os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "").lower() == "false"
+    device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none").lower() if deepspeed else "none"
+    example = f"ds_configs/zero3_offload_{'nvme' if device == 'nvme' else 'cpu'}.json"
+    for dropped, flag, ours in (
+        (offload and not recipe.cpu_offload, "--fsdp_offload_params true", "parallel.cpu_offload: true"),
+        (
+            keep and recipe.reshard_after_forward,
+            "--fsdp_reshard_after_forward false",
+            "parallel.reshard_after_forward: false",
+        ),
+        (
+            device not in ("none", offload_device(config)),
+            f"--offload_param_device {device}",
+            f"parallel.deepspeed_config: {example}",
+        ),
+    ):
+        if dropped:
+            raise ContradictionError(
+                f"accelerate launch {flag} has no effect here; leave it out, or set {ours} instead"
+            )
+
+
+def offload_device(config: dict[str, Any]) -> str:
+    """Return where a DeepSpeed configuration keeps the shards: `none` is the GPU."""
+    return config.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
+
+
 def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def _read_config(file: str) -> dict[str, Any]:
     try:
-        config = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+        config = json.loads(text, parse_constant=_refuse_constant)
         if not isinstance(config, dict):
             raise TypeError("not an object")
-        return config
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"{file}: no DeepSpeed JSON ({error}); see ds_configs/ for examples") from None
+    for path in ("zero_optimization", "zero_optimization.offload_param", "bf16", "fp16"):
+        parent, _, name = path.rpartition(".")
+        section = (config.get(parent, {}) if parent else config).get(name, {})
+        if not isinstance(section, dict):
+            raise RecipeError(
+                f"{file}: {path} is {json.dumps(section)[:60]}; it must be an object in braces, or be left out; see "
+                "ds_configs/ for examples"
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or not 0 <= stage <= 3:  # true is an int
+        raise RecipeError(f"{file}: zero_optimization.stage is {json.dumps(stage)[:60]}; it must be 0, 1, 2 or 3")
+    return config
 
 
-def _stage_of(config: dict[str, Any], file: str) -> int:
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if not isinstance(stage, int) or not 0 <= stage <= 3:
-        raise RecipeError(f"{file}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
-    return stage
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _by_stage(stage: int, sign: str) -> tuple[Strategy, str | None]:

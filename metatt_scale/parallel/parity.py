@@ -49,8 +49,9 @@ class Parity:
         self._asked = None
         with gathered(unit):
             pairs = zip(_answer(linear), expected, strict=True)
-            worst = max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
-        wrong = torch.tensor([float(not worst <= _BOUND)], device=world.device)  # also where it is not a number
+            differences = torch.stack([(got - wanted).norm() / wanted.norm() for got, wanted in pairs])
+        worst = differences.max().item()  # unlike Python's max, not a number where one of them is not
+        wrong = torch.tensor([float(not worst <= _BOUND)], device=world.device)
         ranks = world.gather(wrong).flatten().nonzero().flatten().tolist()
         if ranks:
             raise ValueError(

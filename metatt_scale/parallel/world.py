@@ -11,16 +11,19 @@ import contextlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from metatt_scale.recipe import RecipeError
 
 Message = tuple[Any, Mapping[str, Tensor]]
 """Something JSON can hold, and named tensors."""
@@ -40,8 +43,6 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    """Rank among the processes of this node."""
     local_size: int = 1
     """Processes on this node."""
 
@@ -61,10 +62,6 @@ class World:
         rows = values.new_zeros((self.size, *values.shape))
         rows[self.rank] = values
         return self.sum(rows)  # the same collective on every backend and version
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.sum(torch.zeros(1, device=self.device))
 
     def from_first(self, compute: Callable[[], Message]) -> Message:
         """Run `compute` on rank 0 alone and return its result on every rank (tensors on the CPU).
@@ -120,9 +117,47 @@ def _unpack(received: bytes) -> Message:
     return json.loads(header["__metadata__"]["json"]), safetensors.torch.load(received)
 
 
-def place_in_world() -> tuple[int, int]:
-    """Return (rank, world size) as the launcher has set them; (0, 1) where none has."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+class Place(NamedTuple):
+    """Where this process stands among those of the job."""
+
+    rank: int
+    size: int
+    """Processes of the job."""
+    local_size: int
+    """Processes on this node."""
+
+
+def place_in_world() -> Place:
+    """Return this process's place as the launcher has set it; that of a single process where none has.
+
+    Raises:
+        RecipeError: a variable is missing, or is no number that it can be.
+    """
+    size = _number("WORLD_SIZE", 1, least=1)
+    if size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise RecipeError(
+            f"WORLD_SIZE is {size}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; {_REMEDY}"
+        )
+    rank = _number("RANK", 0)
+    if rank >= size:
+        raise RecipeError(f"RANK is {rank}, but WORLD_SIZE is {size}, so ranks end at {size - 1}; {_REMEDY}")
+    for name in ("LOCAL_RANK", "MASTER_PORT"):  # read later, by us and by the libraries
+        _number(name, 0)
+    # torchrun and accelerate set the first of these, the deepspeed launcher the second.
+    local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", size, least=1), least=1)
+    return Place(rank=rank, size=size, local_size=local_size)
+
+
+_REMEDY = "start with accelerate launch, torchrun or deepspeed, which set it, or unset WORLD_SIZE for one process"
+
+
+def _number(name: str, default: int, *, least: int = 0) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise RecipeError(f"{name} is {text!r}; it must be a whole number from {least} on; {_REMEDY}")
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -135,29 +170,16 @@ def join(device: torch.device, timeout: timedelta, *, group: bool = False) -> It
         group: make a process group even for one process (sharding engines want one).
 
     Raises:
-        ValueError: the launcher's environment is incomplete, or the group has another size than it says.
+        RecipeError: as `place_in_world`.
     """
-    rank, size = place_in_world()
+    rank, size, local_size = place_in_world()
     if size == 1 and not group:
         yield World(device=device)
         return
-    if size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ValueError(
-            f"WORLD_SIZE is {size}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; start with "
-            "accelerate launch, torchrun or deepspeed"
-        )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=_store(rank, size, timeout))
     try:
-        if dist.get_world_size() != size:
-            raise ValueError(
-                f"the launcher says {size} ranks but the process group has {dist.get_world_size()}; "
-                "each would train a model of its own"
-            )
-        # torchrun and accelerate set the first of these, the deepspeed launcher the second.
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
+        yield World(rank=rank, size=size, local_size=local_size, device=device)
     finally:
         dist.destroy_process_group()
 

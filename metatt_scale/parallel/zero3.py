@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+from metatt_scale.parallel.launcher import offload_device
 from metatt_scale.parallel.parity import Parity
 from metatt_scale.parallel.world import World
 
@@ -25,35 +27,40 @@ class Zero3:
     Call the model itself, never DeepSpeed's engine, which would refuse `loss.backward()`.
     """
 
-    def __init__(self, world: World, config: dict[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, world: World, config: dict[str, Any], dtype: torch.dtype, file: str | None = None) -> None:
         """Prepare DeepSpeed on the process group that is there.
 
         Args:
             world: the ranks, with a process group (also for one).
             config: from `zero3_config`.
             dtype: the type of all weights.
+            file: what the configuration was read from, for messages.
 
         Raises:
-            ValueError: a type that DeepSpeed cannot use here, or NVMe offloading without the library for it.
+            ValueError: a configuration that DeepSpeed refuses, a type that it cannot use here, or NVMe offloading
+                without the library for it.
         """
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # DeepSpeed reads this process's place from the environment, also where no launcher has set it.
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+        # DeepSpeed reads this process's place from the environment. Only a single process may have none there.
+        os.environ.setdefault("LOCAL_RANK", "0")
         import deepspeed
 
         # A collective that PyTorch has renamed; DeepSpeed's affair.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
         _check_supported(config, dtype)
-        offload = config["zero_optimization"].get("offload_param", {})
-        if world.device.type == "cpu" and offload.get("device") == "cpu":
+        if world.device.type == "cpu" and offload_device(config) == "cpu":
             # There is nothing to pin for, and DeepSpeed would compile a library for it; its NVMe reader needs one.
             config = {**config, "zero_optimization": {**config["zero_optimization"]}}
-            config["zero_optimization"]["offload_param"] = {**offload, "pin_memory": False}
+            config["zero_optimization"]["offload_param"] = {
+                **config["zero_optimization"]["offload_param"],
+                "pin_memory": False,
+            }
         # A shared-memory collective for CPUs that would be compiled at every start; a process killed meanwhile leaves
         # a lock on which every later one waits for ever. gloo does its work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False)
+        _check_keys(config, file)
         self._deepspeed = deepspeed
         self._world = world
         self._config = config
@@ -98,28 +105,12 @@ def zero3_config(
         accumulation: micro-batches of one optimizer step.
         dtype: of the backbone.
         world_size: number of ranks.
-
-    Raises:
-        ValueError: another stage than 3, or another precision than `backbone.dtype`.
     """
-    config = copy.deepcopy(given or {})
-    zero = config.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", 3)
-    if stage != 3:
-        raise ValueError(
-            f"zero_optimization.stage is {stage}, but only stage 3 shards a frozen model; set it to 3, or set "
-            "parallel.backbone: replicate"
-        )
+    config = copy.deepcopy(given or {"zero_optimization": {"stage": 3}})
     for name in _OURS:
         config.pop(name, None)
     for section, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        asked = config.setdefault(section, {}).get("enabled", "auto")
-        if asked not in ("auto", dtype == wanted):
-            raise ValueError(
-                f"the DeepSpeed file has {section}.enabled: {str(asked).lower()}, but backbone.dtype is "
-                f'{str(dtype).removeprefix("torch.")}; write "auto" there, or change backbone.dtype'
-            )
-        config[section]["enabled"] = dtype == wanted
+        config.setdefault(section, {})["enabled"] = dtype == wanted
     wanted_sizes = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -138,6 +129,24 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_keys(config: dict[str, Any], file: str | None) -> None:
+    """Let DeepSpeed read the configuration before any weight is loaded, and tell in one line what it refuses."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except Exception as error:  # pydantic's, DeepSpeed's own, or whatever its code does with a value of another type
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        else:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{file or 'the DeepSpeed configuration'}: DeepSpeed refuses it ({problem}); correct or remove that key, "
+            "see ds_configs/ for examples"
+        ) from None
+
+
 def _check_supported(config: dict[str, Any], dtype: torch.dtype) -> None:
     from deepspeed.accelerator import get_accelerator
 
@@ -147,14 +156,7 @@ def _check_supported(config: dict[str, Any], dtype: torch.dtype) -> None:
             f"backbone.dtype is {str(dtype).removeprefix('torch.')}, in which DeepSpeed does not compute on "
             f"{accelerator.device_name()}; use bfloat16 or float32, or set parallel.backbone: fsdp2"
         )
-    offload = config["zero_optimization"].get("offload_param", {})
-    if offload.get("device") == "nvme":
-        path = str(offload.get("nvme_path"))
-        if not os.path.isdir(path):  # DeepSpeed would make it, on whatever disk that is
-            raise ValueError(
-                f"zero_optimization.offload_param.nvme_path is {path!r}, which is no folder; name one on a disk that "
-                "is local to every node"
-            )
+    if offload_device(config) == "nvme":
         builder = accelerator.create_op_builder("AsyncIOBuilder")
         if builder is None or not builder.is_compatible(verbose=False):
             raise ValueError(

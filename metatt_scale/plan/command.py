@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from argparse import Namespace
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 
+from metatt_scale.plan import GPUS_PER_NODE
 from metatt_scale.recipe import Recipe
 
 SIMULATED = (2, 64, 1024)
 """Worlds of `--simulate` where --nodes and --gpus-per-node name none."""
+_MOST_SIMULATED = 1024  # a hybrid mesh has a group for every row and column, each with a list of its ranks
+_DEFAULT_HARDWARE = "h100-sxm"
+_BOUNDS = {
+    "nodes": (1, 1 << 20),
+    "gpus_per_node": (1, 1 << 20),
+    "answer_tokens": (1, 1 << 30),
+    "memory": (1e-3, 1e6),
+    "tflops": (1e-3, 1e6),
+    "bandwidth_gbps": (1e-3, 1e6),
+}
+"""The least and the most of each number; from there on estimates are no longer finite numbers, or of no machine."""
+_ESTIMATES_ONLY = ("answer_tokens", "memory", "tflops", "bandwidth_gbps", "hardware")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, help="nodes of the job (1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each (8 with --nodes, else 1)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a GPU, instead of the hardware's")
-    parser.add_argument("--hardware", default="h100-sxm", metavar="NAME", help="h100-sxm, h200-sxm, a100-sxm, ...")
+    parser.add_argument("--hardware", metavar="NAME", help="h100-sxm (where absent), h200-sxm, a100-sxm, ...")
     parser.add_argument("--tflops", type=float, help="10^12 operations per second that a GPU sustains")
     parser.add_argument("--bandwidth-gbps", type=float, metavar="GBPS", help="10^9 bits per second of every link")
     parser.add_argument(
@@ -50,34 +61,31 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
             f"--answer-tokens is {options.answer_tokens}, but data.train_on_inputs is true, so all have a loss; "
             "leave it out, or set data.train_on_inputs: false"
         )
-    known = known_hardware()
-    if options.hardware not in known:
+    known, name = known_hardware(), options.hardware or _DEFAULT_HARDWARE
+    if name not in known:
         raise ValueError(
-            f"--hardware is {options.hardware}; known are {', '.join(known)}; for another give --tflops, "
+            f"--hardware is {name}; known are {', '.join(known)}; for another give --tflops, "
             "--bandwidth-gbps and --memory"
         )
-    hardware = with_overrides(known[options.hardware], options.tflops, options.bandwidth_gbps, options.memory)
-    machine = Machine(
-        nodes=options.nodes or 1,
-        gpus_per_node=options.gpus_per_node or (8 if options.nodes else 1),
-        hardware=hardware,
-        answers=options.answer_tokens,
-    )
+    hardware = with_overrides(known[name], options.tflops, options.bandwidth_gbps, options.memory)
+    nodes, per_node = _size(options)
+    machine = Machine(nodes=nodes, gpus_per_node=per_node, hardware=hardware, answers=options.answer_tokens)
     numbers = plan(recipe, machine)
     if options.json:
-        print(json.dumps(numbers, indent=2))
+        print(json.dumps(numbers, indent=2, allow_nan=False))
     else:
         console.print(plan_table(numbers, recipe))
     return 0
 
 
 def _simulate(recipe: Recipe, options: Namespace, console: Console) -> int:
+    from metatt_scale.plan.layout import assumption
     from metatt_scale.plan.simulate import simulate
     from metatt_scale.plan.table import simulation_table
 
-    per_node = options.gpus_per_node or 8
     named = options.nodes or options.gpus_per_node
-    worlds = ((options.nodes or 1) * per_node,) if named else SIMULATED
+    nodes, per_node = _size(options) if named else (1, GPUS_PER_NODE)
+    worlds = (nodes * per_node,) if named else SIMULATED
     found = []
     for ranks in worlds:
         with console.status(f"playing {ranks:,} ranks"):
@@ -85,21 +93,31 @@ def _simulate(recipe: Recipe, options: Namespace, console: Console) -> int:
     if options.json:
         print(json.dumps([asdict(simulation) for simulation in found], indent=2))
     else:
-        console.print(simulation_table(found))
+        console.print(assumption(recipe) or "", simulation_table(found), sep="\n", highlight=False)
     return 0
 
 
+def _size(options: Namespace) -> tuple[int, int]:
+    """Return (nodes, GPUs of each)."""
+    return options.nodes or 1, options.gpus_per_node or (GPUS_PER_NODE if options.nodes else 1)
+
+
 def _check(options: Namespace) -> None:
-    least: dict[str, Any] = {"nodes": 1, "gpus_per_node": 1, "answer_tokens": 1, "memory": 0, "tflops": 0}
-    for name, bound in {**least, "bandwidth_gbps": 0}.items():
+    for name, (least, most) in _BOUNDS.items():
         value = getattr(options, name)
-        if value is None:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if bound == 0 and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{flag} is {value}; it must be a number greater than 0")
-        if bound == 1 and value < 1:
-            raise ValueError(f"{flag} is {value}; it must be at least 1")
-    ranks = (options.nodes or 1) * (options.gpus_per_node or 1)
-    if ranks > 1 << 20:
-        raise ValueError(f"--nodes x --gpus-per-node is {ranks:,} ranks; plan for at most {1 << 20:,}")
+        if value is not None and not least <= value <= most:  # also what is not a number
+            raise ValueError(f"{_flag(name)} is {value}; it must be a number from {least} to {most:,.0f}")
+    nodes, per_node = _size(options)
+    most = _MOST_SIMULATED if options.simulate else 1 << 20
+    if nodes * per_node > most:
+        raise ValueError(
+            f"--nodes x --gpus-per-node is {nodes} x {per_node} = {nodes * per_node:,} ranks; "
+            f"{'simulate' if options.simulate else 'plan for'} at most {most:,}"
+        )
+    unused = [_flag(name) for name in _ESTIMATES_ONLY if options.simulate and getattr(options, name) is not None]
+    if unused:
+        raise ValueError(f"--simulate counts collectives and has no use for {', '.join(unused)}; leave it out")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from metatt_scale.plan.layout import Layout, lay_out
+from metatt_scale.parallel import with_fitting_shards
+from metatt_scale.plan import GPUS_PER_NODE
+from metatt_scale.plan.layout import Layout, assumption, lay_out
 from metatt_scale.plan.peak import GIB, MemoryBytes, largest_micro_batch, memory_bytes
 from metatt_scale.plan.shape import ModelShape, read_shape
 from metatt_scale.plan.timing import Hardware, known_hardware, step_time
@@ -15,8 +17,6 @@ from metatt_scale.recipe import Recipe
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Worlds of the scaling table."""
 LORA_RANK = 8
-USUAL_GPUS = 8
-"""GPUs of a node in the scaling table, where the plan itself is for one GPU a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,10 @@ def plan(recipe: Recipe, machine: Machine = _ONE_GPU) -> dict[str, Any]:
     """
     shape = read_shape(recipe)
     layout = lay_out(recipe, machine.nodes * machine.gpus_per_node, machine.gpus_per_node, machine.answers)
-    nodes_of = machine.gpus_per_node if machine.gpus_per_node > 1 else USUAL_GPUS
+    nodes_of = machine.gpus_per_node if machine.gpus_per_node > 1 else GPUS_PER_NODE
     return {
         **_counts(recipe, shape),
+        "assumption": assumption(recipe),
         "layout": _layout(recipe, shape, layout),
         "memory": _memory(recipe, shape, layout, machine.hardware),
         "wire": _wire(recipe, shape, layout),
@@ -113,12 +114,8 @@ def _wire(recipe: Recipe, shape: ModelShape, layout: Layout) -> dict[str, Any]:
 
 
 def _row(recipe: Recipe, shape: ModelShape, ranks: int, machine: Machine) -> dict[str, Any]:
-    """Return one world's line; a strategy or shard size that cannot be there gives way to one that can."""
-    parallel = recipe.parallel
-    if isinstance(parallel.shard_size, int) and ranks % parallel.shard_size:
-        parallel = parallel.model_copy(update={"shard_size": "world"})
-    if parallel.backbone == "auto" and recipe.backbone.quantization == "int8":
-        parallel = parallel.model_copy(update={"backbone": "replicate"})
+    """Return one world's line; a shard size that cannot be there gives way to one that can."""
+    parallel = with_fitting_shards(recipe.parallel, ranks, machine.gpus_per_node)
     there = recipe.model_copy(update={"parallel": parallel})
     layout = lay_out(there, ranks, machine.gpus_per_node, machine.answers)
     memory: MemoryBytes = memory_bytes(shape, there, layout)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from metatt_scale.backbone.quantised import check_shardable
-from metatt_scale.parallel import read_launch
+from metatt_scale.parallel import offload_device, read_launch, shard_ranks
 from metatt_scale.plan.memory import Work
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import ParallelRecipe, Recipe, RecipeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ def lay_out(
 ) -> Layout:
     """Return the layout of a recipe over W ranks.
 
-    `parallel.backbone: auto` is what `parallel.deepspeed_config` says; without one, fsdp2 for more than one rank.
+    `parallel.backbone: auto` is what `parallel.deepspeed_config` says; without one it is taken for fsdp2 on more than
+    one rank, unless the weights cannot be sharded (`assumption` tells).
 
     A batch of n examples is dealt in k = ceil(n / (W micro_batch_size)) rounds, each rank ceil(n / (k W)) a round
     (data/batches.py). `answers` are the positions per example that have a target; all but the first when None.
@@ -66,7 +67,7 @@ def lay_out(
         ranks=ranks,
         gpus_per_node=gpus_per_node,
         strategy=strategy,
-        sharers=1 if strategy == "replicate" else _sharers(recipe, ranks, gpus_per_node),
+        sharers=1 if strategy == "replicate" else shard_ranks(parallel, ranks, gpus_per_node),
         micro_batches=rounds,
         work=Work(
             examples=examples or math.ceil(training.batch_size / (rounds * ranks)),
@@ -74,7 +75,7 @@ def lay_out(
             answers=most if answers is None else min(answers, most),
         ),
         reshard=parallel.reshard_after_forward or strategy == "zero3",
-        offload=parallel.cpu_offload or "offload_param" in zero,
+        offload=parallel.cpu_offload or offload_device({"zero_optimization": zero}) != "none",
         kept=min(_values(zero, name, _KEPT) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")),
         fetched=_values(zero, "stage3_prefetch_bucket_size", _FETCHED),
     )
@@ -83,23 +84,41 @@ def lay_out(
 def _strategy(recipe: Recipe, ranks: int) -> tuple[str, dict[str, Any]]:
     """Return who holds the backbone, and DeepSpeed's settings of it."""
     parallel = recipe.parallel
-    if parallel.backbone == "auto" and parallel.deepspeed_config is None:
-        return ("fsdp2" if ranks > 1 else "replicate"), {}
+    if _is_open(parallel):
+        wanted = parallel.foreign_to("replicate") is not None  # settings of fsdp2
+        return ("fsdp2" if ranks > 1 and (wanted or _can_be_sharded(recipe)) else "replicate"), {}
     launch = read_launch(parallel)
     return launch.strategy, (launch.deepspeed or {}).get("zero_optimization", {})
 
 
-def _values(zero: dict[str, Any], name: str, default: int) -> int:
-    value = zero.get(name)
-    return int(value) if isinstance(value, int | float) else default  # absent, or "auto"
-
-
-def _sharers(recipe: Recipe, ranks: int, gpus_per_node: int) -> int:
-    asked = recipe.parallel.shard_size
-    size = {"world": ranks, "node": min(ranks, gpus_per_node)}[asked] if isinstance(asked, str) else asked
-    if ranks % size:
-        raise ValueError(
-            f"parallel.shard_size is {asked} ({size} ranks), which does not divide the {ranks} ranks of this plan; "
-            "give a divisor, or `world`"
+def assumption(recipe: Recipe) -> str | None:
+    """Return in one line what a plan takes `auto` for where the launcher would decide; None where the recipe does."""
+    if not _is_open(recipe.parallel):
+        return None
+    if _can_be_sharded(recipe):
+        return (
+            "parallel.backbone auto: planned as fsdp2 from 2 ranks on, which `accelerate launch --use_fsdp "
+            "--fsdp_version 2` starts; plain torchrun would replicate"
         )
-    return size
+    return "parallel.backbone auto: planned as replicate, for these quantised weights cannot be sharded"
+
+
+def _is_open(parallel: ParallelRecipe) -> bool:
+    return parallel.backbone == "auto" and parallel.deepspeed_config is None
+
+
+def _can_be_sharded(recipe: Recipe) -> bool:
+    try:
+        check_shardable(recipe.backbone)
+    except RecipeError:
+        return False
+    return True
+
+
+def _values(zero: dict[str, Any], name: str, default: int) -> int:
+    value = zero.get(name, "auto")
+    if value == "auto":
+        return default
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise RecipeError(f'zero_optimization.{name} is {value!r}; it must be a number from 0 on, or "auto"')
+    return int(value)

@@ -2,9 +2,11 @@
 
 The activations are those that autograd keeps for transformers' Llama layer, counted tensor by tensor (also Mistral,
 Qwen2, Qwen3). For other architectures a layer is taken to keep every linear's output, its attention and two
-norms: within about 30 %. Not counted: the CUDA context, cuBLAS workspaces, fragmentation.
+norms: within about 30 %. Not counted: the CUDA context, cuBLAS workspaces, fragmentation; and the logits of models
+that cap or scale them (Gemma 2, Granite, Cohere), whose output head cannot give the loss itself.
 
-Letters: see shape.py. A target positions with logits per example, R bond to the right of the input mode.
+Letters: see shape.py. A target positions per example, T = B A of a micro-batch, C of a chunk of the loss, R bond to
+the right of the input mode.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from metatt_scale.adapter.modes import factors
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape
 from metatt_scale.recipe import Recipe
+from metatt_scale.training.loss import chunk_rows
 
 FP32 = 4
 _INPUT_OF = {"q_proj": "normed", "k_proj": "normed", "v_proj": "normed", "o_proj": "attention"}
@@ -208,23 +211,20 @@ def backward_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
 
 
 def logit_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
-    """Return what the loss needs at once, for T = B A target positions (all positions: A = S - 1).
+    """Return what the head needs at once to give the loss of T = B A targets (all positions: A = S - 1).
 
-    Forward: logits e B (A + 1) V, those of the targets e T V, in fp32 4 T V (e < 4), log-softmax 4 T V. Backward:
-    log-softmax and two gradients of it, 12 T V; then the gradient of all logits, put together from that of
-    the targets, 2 e B (A + 1) V + e T V.
+    Hidden states e N D, the gradient of those of the targets e T D, and of one chunk of C targets (training/loss.py)
+    hidden states e C D, logits in fp32 4 C V, and in the backbone's dtype e C V (e < 4).
     """
-    item = ITEM_SIZE[recipe.backbone.dtype]
-    targets = work.examples * work.answers * shape.vocabulary
-    logits = head_bytes(shape, work, recipe)
-    forward = logits + item * targets + FP32 * targets + (FP32 * targets if item < FP32 else 0)
-    return max(forward, 3 * FP32 * targets, 2 * logits + item * targets)
+    item, targets = ITEM_SIZE[recipe.backbone.dtype], work.examples * work.answers
+    chunk = min(targets, chunk_rows(shape.vocabulary))
+    logits = (FP32 + (item if item < FP32 else 0)) * chunk * shape.vocabulary
+    return item * shape.hidden * (work.rows + targets + chunk) + logits
 
 
 def head_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
-    """Return the logits, or their gradient, while the head computes: e B (A + 1) V."""
-    kept = work.examples * min(work.tokens, work.answers + 1)
-    return ITEM_SIZE[recipe.backbone.dtype] * kept * shape.vocabulary
+    """Return what the head's backward needs: all gradients of hidden states, the targets' twice, e D (N + 2 T)."""
+    return ITEM_SIZE[recipe.backbone.dtype] * shape.hidden * (work.rows + 2 * work.examples * work.answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +234,7 @@ class ActivationBytes:
     kept: int
     """Kept of all layers from forward to backward."""
     layer: int
-    """The live set of the layer whose backward runs: recomputed activations and gradients."""
+    """The live set of the layer whose backward runs, recomputed activations and gradients, less the last norm's."""
     logits: int
     """At the loss."""
 
@@ -243,20 +243,20 @@ def activation_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> Activatio
     """Return the activations of one micro-batch, with or without recomputation.
 
     Without: every layer from the first adapted one keeps its own; that one's first norm sees no gradient. With: every
-    layer keeps its input; one layer is recomputed at a time (in fp32 its first norm keeps the very same input).
-    Both: the last norm, cosines and sines 2 e S (D / H), and under eager attention the mask e B S^2.
+    such layer keeps its input; one is recomputed at a time (in fp32 its first norm keeps the very same input).
+    Both: the last norm, freed before a layer's backward; cosines and sines 2 e S (D / H), of a packed row
+    2 e N (D / H); and under eager attention, which packs nothing, the mask e B S^2.
     """
-    item = ITEM_SIZE[recipe.backbone.dtype]
-    rotary = 2 * item * work.tokens * math.ceil(shape.query / shape.heads)
-    mask = item * work.examples * work.tokens**2 if recipe.backbone.attention == "eager" else 0
+    item, eager = ITEM_SIZE[recipe.backbone.dtype], recipe.backbone.attention == "eager"
+    positions = work.tokens if eager or recipe.training.packing is False else work.rows
+    rotary = 2 * item * positions * math.ceil(shape.query / shape.heads)
+    mask = item * work.examples * work.tokens**2 if eager else 0
     one, extra = layer_bytes(shape, work, recipe), backward_bytes(shape, work, recipe)
-    last = norm_bytes(shape, work) + rotary + mask
+    norm, logits = norm_bytes(shape, work), logit_bytes(shape, work, recipe)
+    last = norm + rotary + mask
+    layers = shape.layers - shape.target_map.layers[0]
     if not recipe.backbone.gradient_checkpointing:
-        kept = (shape.layers - shape.target_map.layers[0]) * one - norm_bytes(shape, work) + last
-        return ActivationBytes(kept=kept, layer=extra, logits=logit_bytes(shape, work, recipe))
+        return ActivationBytes(kept=layers * one - norm + last, layer=extra - norm, logits=logits)
     shared = item * work.rows * shape.hidden if item == FP32 else 0
-    return ActivationBytes(
-        kept=shape.layers * checkpoint_bytes(shape, work, recipe) + last,
-        layer=one + extra - shared,
-        logits=logit_bytes(shape, work, recipe),
-    )
+    kept = layers * checkpoint_bytes(shape, work, recipe) + last
+    return ActivationBytes(kept=kept, layer=one + extra - shared - norm, logits=logits)

@@ -14,8 +14,8 @@ from metatt_scale.training.reduce import TAIL
 
 GIB = 1 << 30
 PHASES = ("embedding", "forward", "loss", "head", "layer")
-"""Moments that may decide the peak: the embedding runs, the last layer's forward, the loss, the backward of the head
-and of a layer."""
+"""Moments that may decide the peak: the embedding runs, the last layer's forward, the loss, which the head gives, the
+backward of the head and of a layer."""
 _MOST_EXAMPLES = 1 << 20
 
 
@@ -59,13 +59,14 @@ def gathered_bytes(shape: ModelShape, recipe: Recipe, layout: Layout, phase: str
     sizes = [(u.kind, gather_bytes(u, recipe.backbone, layout.sharers, layout.strategy)) for u in shape.units]
     everything = sum(size for _, size in sizes)
     root = sum(size for kind, size in sizes if kind == "root")
-    unit = max((size for kind, size in sizes if kind == ("layer" if phase == "forward" else phase)), default=0)
+    computing = {"forward": "layer", "loss": "head"}.get(phase, phase)
+    unit = max((size for kind, size in sizes if kind == computing), default=0)
     if layout.strategy == "zero3":
         item = ITEM_SIZE[recipe.backbone.dtype]
         return min(everything, max(item * layout.kept, unit)) + min(everything, item * layout.fetched)
     if not layout.reshard:
         return everything + (2 * unit if phase == "forward" else 0)
-    return {"loss": 0, "forward": root + 3 * unit}.get(phase, root + 2 * unit)
+    return root + (3 if phase == "forward" else 2) * unit
 
 
 def memory_bytes(shape: ModelShape, recipe: Recipe, layout: Layout) -> MemoryBytes:
@@ -73,8 +74,10 @@ def memory_bytes(shape: ModelShape, recipe: Recipe, layout: Layout) -> MemoryByt
     work, item = layout.work, ITEM_SIZE[recipe.backbone.dtype]
     weights = weight_bytes(shape, recipe.backbone, ranks=layout.sharers, strategy=layout.strategy)
     activations = activation_bytes(shape, work, recipe)
-    rows = layout.micro_batches * work.rows
-    folded = folding_pays(shape.spec.middle_bonds, shape.target_map.targets, rows, weights.total // ROOM, item)
+    rows = recipe.training.batch_size * work.tokens
+    whole = weight_bytes(shape, recipe.backbone)
+    room = (whole.packed + whole.unquantised) // ROOM
+    folded = folding_pays(shape.spec.middle_bonds, shape.target_map.targets, rows, room, item)
     gathered = {phase: gathered_bytes(shape, recipe, layout, phase) for phase in PHASES}
     phases = {
         "embedding": item * work.rows * shape.hidden + gathered["embedding"],

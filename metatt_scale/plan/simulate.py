@@ -58,6 +58,8 @@ class Simulation:
     """What one optimizer step of the small model issues in a world of this size, beside what the formulas say."""
 
     ranks: int
+    strategy: str
+    """Of the layout: `replicate` or `fsdp2`."""
     collectives: dict[str, dict[str, int]]
     """Kind -> count and bytes (of the whole result, on each rank)."""
     layer_gathers: dict[str, int]
@@ -75,28 +77,26 @@ class Simulation:
 def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with the small model, whose configuration is written to `folder`, and one micro-batch.
 
-    Raises:
-        ValueError: a strategy that the fake process group cannot play.
+    Nothing is offloaded: that changes no collective, and the simulation computes where the shards are.
     """
-    if recipe.parallel.backbone == "zero3":
-        raise ValueError(
-            "--simulate plays FSDP2 and replicas, but parallel.backbone is zero3, whose hooks want real processes; "
-            "leave --simulate out, or set parallel.backbone: fsdp2"
-        )
     (folder / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
     backbone = recipe.backbone.model_copy(update={"path": f"random:{folder}"})
     adapter = recipe.adapter
     if adapter.layers is not None and adapter.layers[1] > MODEL["num_hidden_layers"]:
         adapter = adapter.model_copy(update={"layers": None})
     training = recipe.training.model_copy(update={"batch_size": 1, "micro_batch_size": 1})
-    return recipe.model_copy(update={"backbone": backbone, "adapter": adapter, "training": training})
+    parallel = recipe.parallel.model_copy(update={"cpu_offload": False})
+    return recipe.model_copy(
+        update={"backbone": backbone, "adapter": adapter, "training": training, "parallel": parallel}
+    )
 
 
 def simulate(recipe: Recipe, ranks: int, gpus_per_node: int) -> Simulation:
     """Run one optimizer step of one micro-batch as rank 0 of `ranks`, and load as the last of them.
 
     Raises:
-        ValueError: targets that a Llama model does not have, or what `small_recipe` and `lay_out` refuse.
+        ValueError: targets that a Llama model does not have, a strategy that the fake process group cannot play, or
+            what `lay_out` refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
         small = small_recipe(recipe, Path(folder))
@@ -104,6 +104,11 @@ def simulate(recipe: Recipe, ranks: int, gpus_per_node: int) -> Simulation:
             shape, layout = read_shape(small), lay_out(small, ranks, gpus_per_node, examples=_EXAMPLES)
         except ValueError as error:
             raise ValueError(f"--simulate plays the recipe on a small Llama model, and there: {error}") from None
+        if layout.strategy == "zero3":
+            raise ValueError(
+                "--simulate plays FSDP2 and replicas, but the recipe's `parallel` means zero3, whose hooks want real "
+                "processes; leave --simulate out, or set parallel.backbone: fsdp2"
+            )
         with fake_world(0, ranks, gpus_per_node) as world:
             model = load_sharded(small, world, layout.strategy)
             adapter = inject(model, small.adapter, small.seed)
@@ -114,6 +119,7 @@ def simulate(recipe: Recipe, ranks: int, gpus_per_node: int) -> Simulation:
             last = held_bytes(load_sharded(small, world, layout.strategy))
     return Simulation(
         ranks=ranks,
+        strategy=layout.strategy,
         collectives=counter.table(),
         layer_gathers=dict(counter.layers),
         expected=expected_collectives(shape, small, layout),
@@ -155,8 +161,7 @@ def fake_world(rank: int, ranks: int, gpus_per_node: int) -> Iterator[World]:
     """Be one rank of many for the length of a `with` block."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        local = min(gpus_per_node, ranks)
-        yield World(device=torch.device("cpu"), rank=rank, size=ranks, local_rank=rank % local, local_size=local)
+        yield World(device=torch.device("cpu"), rank=rank, size=ranks, local_size=min(gpus_per_node, ranks))
     finally:
         dist.destroy_process_group()
 

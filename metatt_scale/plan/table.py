@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from metatt_scale.recipe import Recipe
 
@@ -39,7 +40,8 @@ def seconds(value: float) -> str:
 
 def plan_table(numbers: dict[str, Any], recipe: Recipe) -> Group:
     """Return the sections of a plan: counts, memory of one rank, bytes on the wire, scaling."""
-    return Group(_counts(numbers, recipe), _memory(numbers), _wire(numbers), _scaling(numbers))
+    said = [Text(numbers["assumption"], style="yellow")] if numbers["assumption"] else []
+    return Group(*said, _counts(numbers, recipe), _memory(numbers), _wire(numbers), _scaling(numbers))
 
 
 def _section(title: str, *columns: str) -> Table:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from metatt_scale.backbone.quantised import BLOCK
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape, Unit, Weight
 from metatt_scale.recipe import BackboneRecipe
 
-_BLOCK, _OUTER_BLOCK = 64, 256
-"""Weights per 4-bit scale, and scales per scale of scales (bitsandbytes)."""
+_OUTER_BLOCK = 256
+"""Scales per scale of scales (bitsandbytes)."""
 _CODE, _OUTER_CODE = 16, 256
 """Entries of the fp32 tables that say what 4-bit codes and 8-bit scales stand for; every linear has its own."""
 
@@ -38,7 +39,7 @@ def state_bytes(weight: Weight, recipe: BackboneRecipe) -> int:
         return 0
     if recipe.quantization == "int8":
         return 4 * weight.rows
-    blocks = math.ceil(weight.numel / _BLOCK)
+    blocks = math.ceil(weight.numel / BLOCK)
     if not recipe.double_quantization:
         return 4 * blocks + 4 * _CODE
     return blocks + 4 * _CODE + 4 * (math.ceil(blocks / _OUTER_BLOCK) + _OUTER_CODE + 1)

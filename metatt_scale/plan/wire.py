@@ -36,11 +36,11 @@ def lora_buffer(shape: ModelShape, rank: int) -> int:
     return FP32 * shape.target_map.lora_parameters(rank)
 
 
-def gathers_of(unit: Unit, shape: ModelShape, recipe: Recipe, layout: Layout) -> int:
+def gathers_of(unit: Unit, shape: ModelShape, layout: Layout) -> int:
     """Return how often a unit is gathered per micro-batch: for its forward, and again for its backward.
 
-    Not for the backward where the unit is kept (reshard off), or where none runs: in the embedding under FSDP2, and
-    without recomputation in the layers below the first adapted one, which nothing asks for a gradient. But FSDP2
+    Not for the backward where the unit is kept (reshard off), or where none runs: in the embedding and the layers
+    below the first adapted one, which nothing asks for a gradient, so that none is recomputed either. But FSDP2
     fetches ahead, in the reverse of the forward's order, so the last of those layers is gathered again for nothing.
     """
     if layout.sharers == 1:
@@ -48,8 +48,6 @@ def gathers_of(unit: Unit, shape: ModelShape, recipe: Recipe, layout: Layout) ->
     if not layout.reshard:
         return 1
     fsdp2 = layout.strategy == "fsdp2"
-    if recipe.backbone.gradient_checkpointing:  # transformers lets the embedding's output ask for a gradient then
-        return 1 if fsdp2 and unit.kind == "embedding" else 2
     below = [u.path for kind in ("embedding", "layer") for u in shape.units if u.kind == kind]
     layers = [u.path for u in shape.units if u.kind == "layer"]
     below = below[: below.index(layers[shape.target_map.layers[0]])]
@@ -74,7 +72,7 @@ def backbone_gathers(shape: ModelShape, recipe: Recipe, layout: Layout) -> Gathe
     """
     count, size = 0, 0
     for unit in shape.units:
-        times = layout.micro_batches * gathers_of(unit, shape, recipe, layout)
+        times = layout.micro_batches * gathers_of(unit, shape, layout)
         count += times
         size += times * gather_bytes(unit, recipe.backbone, layout.sharers, layout.strategy)
     return Gathers(count=count, size=size, sent=ring_all_gather(size, layout.sharers))

@@ -151,6 +151,9 @@ class TrainingRecipe(_Section):
     """Examples of one optimizer step over all ranks and micro-batches."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Examples that one rank sends through the model at once."""
+    packing: Literal["auto"] | bool = "auto"
+    """Put the examples of a micro-batch into one row without padding, each seeing itself alone. `auto` packs where
+    the model is found to keep them apart, `true` insists on it, `false` pads them to the longest."""
     learning_rate: float = Field(default=5e-4, gt=0, le=100)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -218,7 +221,7 @@ class ParallelRecipe(_Section):
     launcher, or plain ZeRO-3, when absent."""
     check_replicas_every: int = Field(default=100, ge=1)
     """Steps between comparisons of the cores and moments of all ranks by hash; a difference stops the run."""
-    timeout_minutes: float = Field(default=10.0, gt=0, le=1440)
+    timeout_minutes: float = Field(default=10.0, ge=0.05, le=1440)
     """A rank that waits longer than this for the others gives up and takes the job down."""
 
     @model_validator(mode="after")
@@ -229,12 +232,20 @@ class ParallelRecipe(_Section):
             raise ValueError(
                 f"`deepspeed_config` is set but `backbone` is {self.backbone}; set `backbone: zero3`, or leave it out"
             )
-        if self.backbone in ("zero3", "replicate") and (self.cpu_offload or self.shard_size != "world"):
-            raise ValueError(
-                f"`cpu_offload` and `shard_size` are settings of fsdp2 but `backbone` is {self.backbone}; for zero3 "
-                "choose another `deepspeed_config`, or set `backbone: fsdp2`"
-            )
+        if self.backbone != "auto" and (problem := self.foreign_to(self.backbone)):
+            raise ValueError(problem)
         return self
+
+    def foreign_to(self, strategy: str) -> str | None:
+        """Return what is wrong where FSDP2's settings meet another strategy; None where nothing is."""
+        given = self.model_dump(include={"shard_size", "reshard_after_forward", "cpu_offload"}, exclude_defaults=True)
+        if strategy == "fsdp2" or not given:
+            return None
+        shown = " and ".join(f"parallel.{name} is {str(value).lower()}" for name, value in given.items())
+        return (
+            f"{shown}, a setting of fsdp2, but the backbone is {strategy}; leave it out, or set parallel.backbone: "
+            "fsdp2 (for zero3 parallel.deepspeed_config has such settings)"
+        )
 
 
 class EvaluationRecipe(_Section):

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,9 @@ from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib
-from metatt_scale.training.optimizer import clip, learning_rate, make_optimizer
-from metatt_scale.training.reduce import SIGNALS, sum_step
+from metatt_scale.training.optimizer import apply, clip, learning_rate, make_optimizer
+from metatt_scale.training.reduce import SIGNALS, PendingSums, sum_step
+from metatt_scale.training.start import make_ready
 
 _HALF_SCALE = 1024.0
 
@@ -42,6 +44,20 @@ class TrainingStopped(Exception):
         )
         # SIGUSR1 asks for no more than that (a time limit is near): a launcher must not take it for a failure.
         self.exit_code = 0 if signal_number == signal.SIGUSR1 else 128 + signal_number
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose numbers are not read yet."""
+
+    step: int
+    """Number of steps done with it."""
+    epoch: int
+    tokens: int
+    """Target tokens of its global batch."""
+    rate: float
+    started: float
+    sums: PendingSums
 
 
 @dataclass(kw_only=True)
@@ -68,7 +84,15 @@ class Trainer:
         self.order = BatchOrder(self.data.train, self.recipe.seed, training.batch_size)
         self.total_steps = training.max_steps or training.epochs * self.order.steps_per_epoch
         self.signal: int | None = None  # received by this rank
-        self.stop_signal: int | None = None  # received by any rank, known to all since the last step
+        self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
+        self.packed = make_ready(self.model, training.packing, self.world.device, self.console)
+        self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
+        self._launched: deque[_Launched] = deque()
+        self._settled_at = 0.0
+        # A GPU would idle while the host reads one step's numbers before it queues the next.
+        self.read_late = self.world.device.type == "cuda"
+        # Of all ranks: a choice that changes bits must not depend on their number.
+        self.adapter.rows_per_step = math.ceil(float(self.data.table.lengths.mean()) * training.batch_size)
 
     # ---- the life of a run
 
@@ -85,20 +109,25 @@ class Trainer:
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
         restore_signals = self._catch_signals()
         started, first_step = time.perf_counter(), self.progress.step
+
+        def publish(step: int, report: dict[str, Any]) -> None:
+            left = (time.perf_counter() - started) / (step - first_step) * (self.total_steps - step)
+            bar.update(step, _shown(report), left)
+            if metrics and trackers and self._is_logged(step, report):
+                metrics.write(step, report)
+                trackers.log(step, report)
+
         try:
             while not self.progress.finished:
-                report = self._step()
-                self._evaluate_if_due(report)
-                elapsed = time.perf_counter() - started
-                done = self.progress.step - first_step
-                bar.update(
-                    self.progress.step, _shown(report), elapsed / done * (self.total_steps - self.progress.step)
-                )
-                if metrics and trackers and self._is_logged(report):
-                    metrics.write(self.progress.step, report)
-                    trackers.log(self.progress.step, report)
-                self._compare_replicas_if_due()
-                self._save_if_due()  # after the metrics: a run killed between the two writes this step's line again
+                self._launch()
+                while len(self._launched) > self._unread_steps():
+                    step, report = self._settle()
+                    if not self._launched:
+                        self._evaluate_if_due(report)
+                    publish(step, report)
+                if not self._launched:
+                    self._compare_replicas_if_due()
+                    self._save_if_due()  # after the metrics: a run killed between the two writes its line again
         finally:
             restore_signals()
             bar.close()
@@ -106,12 +135,18 @@ class Trainer:
                 metrics.close()
                 trackers.close()
 
-    def _is_logged(self, report: dict[str, Any]) -> bool:
-        progress = self.progress
-        return progress.step % self.recipe.logging.every == 0 or "eval_loss" in report or progress.finished
+    def _unread_steps(self) -> int:
+        """Return how many steps may stay unread: the one in work, unless something is due that needs its numbers."""
+        training, hopeless = self.recipe.training, self._is_hopeless()
+        due = self._due(training.eval_every) or self._due(training.save_every) or self._replicas_due()
+        return 0 if not self.read_late or self.progress.finished or due or hopeless or self.stop_signal else 1
 
-    def _step(self) -> dict[str, Any]:
-        """Do one optimizer step and return its numbers."""
+    def _is_logged(self, step: int, report: dict[str, Any]) -> bool:
+        last = self.progress.finished and step == self.progress.step
+        return step % self.recipe.logging.every == 0 or "eval_loss" in report or last
+
+    def _launch(self) -> None:
+        """Queue one optimizer step; nothing waits for the device."""
         training, step = self.recipe.training, self.progress.step
         started = time.perf_counter()
         epoch, indices = self.order.global_batch(step)
@@ -119,23 +154,26 @@ class Trainer:
         loss_sum, length = self._accumulate(indices, tokens, step)
         gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
         sums = sum_step(self.world, gradients, loss_sum, length, self.signal)
-        self.stop_signal = sums.stop_signal
-        loss, grad_norm = sums.loss / tokens, sums.gradient_norm
         rate = learning_rate(training, step, self.total_steps)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm) and not sums.nonfinite_ranks
-        if finite:
-            clip(gradients, grad_norm, training.max_grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._count(finite, tokens)
-        seconds = time.perf_counter() - started
-        return {
-            "epoch": epoch,
-            "loss": loss if finite else None,
-            "grad_norm": grad_norm if finite else None,
-            "learning_rate": rate,
+        clip(gradients, sums.gradient_norm, training.max_grad_norm)
+        apply(self.optimizer, sums.finite, rate)
+        self.progress.step += 1
+        self.progress.finished = self.progress.step >= self.total_steps
+        self._launched.append(_Launched(self.progress.step, epoch, tokens, rate, started, sums))
+
+    def _settle(self) -> tuple[int, dict[str, Any]]:
+        """Wait for the oldest step in work; return which it was and its numbers."""
+        done = self._launched.popleft()
+        sums = done.sums.read()
+        self.stop_signal = self.stop_signal or sums.stop_signal
+        self._count(sums.finite, done.tokens)
+        now = time.perf_counter()
+        seconds, self._settled_at = now - max(done.started, self._settled_at), now
+        return done.step, {
+            "epoch": done.epoch,
+            "loss": sums.loss / done.tokens if sums.finite else None,
+            "grad_norm": sums.gradient_norm if sums.finite else None,
+            "learning_rate": done.rate,
             "tokens_per_second": sums.tokens / seconds,
             "seconds": seconds,
             "ranks": list(self.adapter.spec.ranks),
@@ -171,18 +209,20 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             pad_token_id=self.pad_token_id,
+            packed=self.packed,
         )
 
     def _count(self, finite: bool, tokens: int) -> None:
         progress = self.progress
-        progress.step += 1
         if finite:
             progress.skipped_in_a_row = 0
             progress.target_tokens += tokens
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
-        progress.finished = progress.step >= self.total_steps
+
+    def _is_hopeless(self) -> bool:
+        return self.progress.skipped_in_a_row >= self.recipe.training.max_nonfinite_steps
 
     def _evaluate_if_due(self, report: dict[str, Any]) -> None:
         """Evaluate where the recipe says so; the report gets the loss (None where it is not finite)."""
@@ -194,7 +234,7 @@ class Trainer:
     def _save_if_due(self) -> None:
         """Save where the recipe says so, and before a stop: by a signal, or because no step succeeds any more."""
         training, progress, number = self.recipe.training, self.progress, self.stop_signal
-        hopeless = progress.skipped_in_a_row >= training.max_nonfinite_steps
+        hopeless = self._is_hopeless()
         stopped = number is not None and not progress.finished
         if hopeless or stopped or progress.finished or self._due(training.save_every):
             self._save()
@@ -249,8 +289,11 @@ class Trainer:
 
         self.world.on_first(write)
 
+    def _replicas_due(self) -> bool:
+        return self.progress.step % self.recipe.parallel.check_replicas_every == 0 or self.progress.finished
+
     def _compare_replicas_if_due(self) -> None:
-        if self.progress.step % self.recipe.parallel.check_replicas_every == 0 or self.progress.finished:
+        if self._replicas_due():
             state = self.optimizer.state
             things = {
                 f"core {k} ({mode})": [core, *(state[core][name] for name in sorted(state[core]))]

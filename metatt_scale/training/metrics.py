@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from metatt_scale.files import write_text
+from metatt_scale.files import naming, write_text
 from metatt_scale.recipe import Recipe
 
 
@@ -30,12 +30,14 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming(self._path):  # what could not be written is tried once more
+            self._file.close()
 
 
 def _step_of(line: str) -> float:

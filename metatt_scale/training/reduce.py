@@ -7,6 +7,7 @@ reduced tail and therefore the same on every rank.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,35 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 TAIL = 3 + len(SIGNALS)
 """Values behind the gradients: loss, tokens, ranks that were not finite, and one count per signal."""
+
+
+class PendingSums:
+    """A step's sums on the device, and on their way to the host."""
+
+    def __init__(self, tail: Tensor, gradient_norm: Tensor) -> None:
+        """Start the copy; nothing waits for the device until `read`."""
+        self.gradient_norm = gradient_norm
+        numbers = torch.cat([tail, gradient_norm[None]])
+        self.finite = torch.isfinite(numbers).all() & (numbers[2] == 0)
+        """Whether loss and gradient are finite on all ranks (scalar, on the device)."""
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._arrived = None
+        if numbers.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> StepSums:
+        """Return the sums on the host, waiting for the step if need be."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, tokens, nonfinite, *stops, norm = self._numbers.tolist()
+        return StepSums(
+            loss=loss,
+            tokens=round(tokens),
+            nonfinite_ranks=round(nonfinite),
+            stop_signal=next((int(number) for number, count in zip(SIGNALS, stops, strict=True) if count), None),
+            gradient_norm=norm,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +68,19 @@ class StepSums:
     gradient_norm: float
     """2-norm of the summed gradient."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are finite on all ranks."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm) and not self.nonfinite_ranks
+
 
 @torch.no_grad()
 def sum_step(
     world: World, gradients: Sequence[Tensor], loss_sum: Tensor, tokens: int, stop_signal: int | None
-) -> StepSums:
+) -> PendingSums:
     """Replace every gradient by its sum over all ranks, and return the sums of the rest.
+
+    Nothing here waits for the device.
 
     Args:
         world: the ranks.
@@ -54,7 +91,7 @@ def sum_step(
     """
     finite = torch.isfinite(loss_sum) & torch.stack([torch.isfinite(g).all() for g in gradients]).all()
     told = [float(stop_signal == number) for number in SIGNALS]
-    tail = torch.tensor([0.0, float(tokens), 0.0, *told], dtype=gradients[0].dtype, device=loss_sum.device)
+    tail = to_device(torch.tensor([0.0, float(tokens), 0.0, *told], dtype=gradients[0].dtype), loss_sum.device)
     tail[0], tail[2] = loss_sum, (~finite).float()
     flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), tail])
     world.sum(flat)
@@ -62,11 +99,11 @@ def sum_step(
     for gradient, part in zip(gradients, parts[:-1], strict=True):
         gradient.copy_(part.view_as(gradient))
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts[:-1]]))
-    loss, total, nonfinite, *stops, norm_value = torch.cat([parts[-1], norm[None]]).tolist()
-    return StepSums(
-        loss=loss,
-        tokens=round(total),
-        nonfinite_ranks=round(nonfinite),
-        stop_signal=next((int(number) for number, count in zip(SIGNALS, stops, strict=True) if count), None),
-        gradient_norm=norm_value,
-    )
+    return PendingSums(parts[-1], norm)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on the device without waiting for what the device is doing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":  # out of other memory a copy would wait
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -19,7 +19,17 @@ from metatt_scale.adapter import ChainAdapter, inject, save_adapter
 from metatt_scale.backbone import identity, load_backbone, load_tokenizer, pick_device
 from metatt_scale.data import PreparedData, prepare
 from metatt_scale.files import new_folder, write_text
-from metatt_scale.parallel import Launch, Message, World, check_same, join, make_engine, place_in_world, read_launch
+from metatt_scale.parallel import (
+    Launch,
+    Message,
+    World,
+    check_engine,
+    check_same,
+    join,
+    make_engine,
+    place_in_world,
+    read_launch,
+)
 from metatt_scale.recipe import Recipe, dump_recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import Snapshot
@@ -55,10 +65,10 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         OtherRankError: rank 0 failed and tells why.
     """
     folder = Path(recipe.output_dir).expanduser()
-    launch = read_launch(recipe.parallel)
-    rank, _ = place_in_world()
+    launch, place, device = read_launch(recipe.parallel), place_in_world(), pick_device()
+    check_engine(launch, recipe, size=place.size, local_size=place.local_size, device=device)
     with contextlib.ExitStack() as stack:
-        if rank == 0:
+        if place.rank == 0:
             check_writable(folder)
             check_trackers(recipe)
             stack.enter_context(only_run(folder))
@@ -68,7 +78,6 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         tokenizer = load_tokenizer(recipe.backbone)
         # Before the ranks meet: tokenising may take long, and a rank that waits in a collective gives up some time.
         data = _prepare(recipe, tokenizer, console)
-        device = pick_device()
         timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
         with join(device, timeout, group=launch.strategy != "replicate") as world:
             trainer = _assemble(recipe, folder, console, world, launch, data, tokenizer)
@@ -104,8 +113,9 @@ def _assemble(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Trainer:
     """Load the backbone, put the chain behind it, and build the trainer."""
-    inputs = hashlib.sha256(f"{data.digest} {identity(recipe.backbone)}".encode()).hexdigest()
-    _check_agreement(world, recipe, data, inputs)
+    weights = identity(recipe.backbone)
+    inputs = hashlib.sha256(f"{data.digest} {weights}".encode()).hexdigest()
+    _check_agreement(world, recipe, data, weights)
     with console.status("loading the backbone"):
         engine = make_engine(world, launch, recipe)
         model = load_backbone(recipe.backbone, world.device, recipe.seed, engine)
@@ -127,12 +137,12 @@ def _assemble(
     )
 
 
-def _check_agreement(world: World, recipe: Recipe, data: PreparedData, inputs: str) -> None:
+def _check_agreement(world: World, recipe: Recipe, data: PreparedData, weights: str) -> None:
     """Refuse ranks that would not do the same work, before any of it is done."""
     things = {
         "the recipe": recipe.model_dump_json(),
         "the training data": data.digest,
-        "data or weights": inputs,
+        "the backbone's weights": weights,
         "versions": f"{__version__} {torch.__version__} {transformers.__version__}",
     }
     check_same(world, things, "give every node the same recipe, overrides, files and package versions")
@@ -195,12 +205,12 @@ def _warn(console: Console, message: str) -> None:
 
 def _write_adapter(target: Path, trainer: Trainer) -> None:
     with new_folder(target, replace=True) as temporary:
-        save_adapter(temporary, trainer.adapter, describe(trainer.recipe, trainer))
+        save_adapter(temporary, trainer.adapter, describe(trainer))
 
 
-def describe(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
+def describe(trainer: Trainer) -> dict[str, Any]:
     """Return what the adapter folder says about its origin."""
-    progress = trainer.progress
+    recipe, progress = trainer.recipe, trainer.progress
     best = recipe.training.keep == "best" and progress.best_step is not None
     return {
         "base_model": recipe.backbone.path,

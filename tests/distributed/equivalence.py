@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,6 +32,7 @@ from metatt_scale.parallel import Launch, Strategy, World, join, make_engine
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.loop import Trainer
 from metatt_scale.training.reduce import sum_step
+from tests.distributed.jobs import finish, torchrun
 from tests.tiny import FLOAT32, randomise
 from tests.toy import CPU, LLAMA, quiet, toy_recipe, write_toy
 
@@ -45,7 +44,6 @@ CHECKPOINTING = (False, True)
 BATCH = 16
 MODEL = {**LLAMA, "hidden_size": 64, "intermediate_size": 128}  # 4-bit weights need multiples of 64 on a CPU
 ALONE = Launch(strategy="replicate")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def recipe_for(folder: Path, precision: str, ranks: int, accumulation: int, checkpointing: bool) -> Recipe:
@@ -84,7 +82,7 @@ def loss_and_gradient(trainer: Trainer) -> tuple[float, torch.Tensor]:
     trainer.adapter.zero_grad()
     loss_sum, tokens = trainer._accumulate(indices, len(indices), 0)
     gradients = _gradients(trainer.adapter)
-    sums = sum_step(trainer.world, gradients, loss_sum, tokens, None)
+    sums = sum_step(trainer.world, gradients, loss_sum, tokens, None).read()
     return sums.loss, torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
@@ -149,11 +147,8 @@ def measure(
     if not (folder / "data.jsonl").exists():
         write_toy(folder, config=MODEL)
         prepare(toy_recipe(folder).data, byte_tokenizer(), 42)  # tokenised once, before the ranks start
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "tests.distributed.equivalence", "--work", str(folder), "--strategies", *strategies]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    work = ("-m", "tests.distributed.equivalence", "--work", folder, "--strategies", *strategies)
+    finish(torchrun(*work, ranks=ranks), folder / f"cells-{ranks}.log", 1800)
     found = json.loads((folder / f"cells-{ranks}.json").read_text())
     return found["cells"], found["allowed"]
 

@@ -108,11 +108,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait(60)
 
 
-def finish(command: list[str], log: Path, **variables: str) -> str:
+def finish(command: list[str], log: Path, seconds: float = 400, /, **variables: str) -> str:
     """Run a job to its good end and return its output."""
     with job(command, log, **variables) as running:
-        assert running.wait() == 0, running.output()
+        assert running.wait(seconds) == 0, running.output()
         return running.output()
+
+
+def stop(command: list[str], log: Path, kind: str, rank: int, notes: Path) -> str:
+    """Run a job in which one rank is told to end and all do; return its output."""
+    with job(command, log, **fault(kind, rank, notes)) as running:
+        assert running.wait() != 0
+        output = running.output()
+    assert [(notes / f"code-{r}").read_text() for r in (0, 1)] == ["143\n", "143\n"], output
+    return output
 
 
 def alive(pid: int) -> bool:

@@ -22,10 +22,8 @@ import torch
 
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import load_backbone
-from metatt_scale.parallel import join
-from metatt_scale.parallel.fsdp2 import Fsdp2
-from metatt_scale.parallel.zero3 import Zero3, zero3_config
-from metatt_scale.recipe import AdapterRecipe, BackboneRecipe, ParallelRecipe
+from metatt_scale.parallel import Launch, join, make_engine
+from metatt_scale.recipe import AdapterRecipe, BackboneRecipe, validate
 
 CONFIG = {
     "model_type": "llama",
@@ -81,22 +79,15 @@ def held(model):
     return weights, beside
 
 
-def make_engine(name, world):
-    if name == "none":
-        return None
-    if name == "fsdp2":
-        return Fsdp2(world, ParallelRecipe(backbone="fsdp2"), torch.bfloat16)
-    config = zero3_config(None, micro_batch_size=1, accumulation=1, dtype=torch.bfloat16, world_size=world.size)
-    return Zero3(world, config, torch.bfloat16)
-
-
 def measure(options, path, world):
-    engine = make_engine(options.engine, world)
-    recipe = BackboneRecipe(path=path, quantization=options.quantization)
+    backbone = {"path": path, "quantization": options.quantization}
+    data = {"output_dir": "unused", "backbone": backbone, "data": {"train": [{"path": "unused"}]}}
+    recipe = validate(data, "memory")
+    engine = make_engine(world, Launch(strategy=options.engine), recipe)
     ids = torch.randint(0, CONFIG["vocab_size"], (1, 16), generator=torch.Generator().manual_seed(0))
     base, start = anonymous(), time.perf_counter()
     with Peak() as load:
-        model = load_backbone(recipe, world.device, engine=engine)
+        model = load_backbone(recipe.backbone, world.device, engine=engine)
     seconds, settled = time.perf_counter() - start, anonymous()
     with Peak() as forward, torch.no_grad():
         model(input_ids=ids)
@@ -124,7 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", metavar="FOLDER", help="write random weights there and stop")
     parser.add_argument("--folder", help="safetensors to load")
-    parser.add_argument("--engine", choices=["none", "fsdp2", "zero3"], default="fsdp2")
+    parser.add_argument("--engine", choices=["replicate", "fsdp2", "zero3"], default="fsdp2")
     parser.add_argument("--quantization", choices=["none", "nf4"], default="none")
     options = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -135,10 +126,10 @@ def main():
             model = load_backbone(BackboneRecipe(path=f"random:{config}"), torch.device("cpu"))
             model.save_pretrained(options.write, max_shard_size="500MB")
             return
-        with join(torch.device("cpu"), timedelta(minutes=10), group=options.engine != "none") as world:
+        with join(torch.device("cpu"), timedelta(minutes=10), group=options.engine != "replicate") as world:
             result = measure(options, options.folder or f"random:{config}", world)
             for rank in range(world.size):
-                world.barrier()
+                world.sum(torch.zeros(1))  # one prints after the other
                 if rank == world.rank:
                     shown = ", ".join(
                         f"{name} {value:.{6 if name == 'loss' else 0}f}" for name, value in result.items()

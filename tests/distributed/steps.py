@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,8 +21,9 @@ from metatt_scale.backbone import byte_tokenizer
 from metatt_scale.data import prepare
 from metatt_scale.parallel import World, join, read_launch
 from metatt_scale.recipe import Recipe
-from tests.distributed.equivalence import ROOT, make_trainer
-from tests.toy import CPU, toy_recipe, write_toy
+from tests.distributed.equivalence import make_trainer
+from tests.distributed.jobs import ROOT, finish, torchrun
+from tests.toy import CPU, one_step, toy_recipe, write_toy
 
 STEPS = 20
 BATCH = 16
@@ -67,7 +66,7 @@ def losses(folder: Path, world: World, parallel: dict[str, Any], micro: int | No
     """What one rank does for one job: the loss of every step."""
     recipe = recipe_for(folder, own_nvme(folder, parallel), micro or BATCH // world.size)
     trainer = make_trainer(recipe, world, read_launch(recipe.parallel))
-    return [trainer._step()["loss"] for _ in range(STEPS)]
+    return [one_step(trainer)["loss"] for _ in range(STEPS)]
 
 
 def work(folder: Path, names: list[str]) -> None:
@@ -88,11 +87,8 @@ def measure(folder: Path, size: int, names: list[str] | None = None) -> dict[str
     if not (folder / "data.jsonl").exists():
         write_toy(folder)
         prepare(toy_recipe(folder).data, byte_tokenizer(), 42)  # tokenised once, before the ranks start
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += ["-m", "tests.distributed.steps", "--work", str(folder), "--names", *(names or JOBS[size])]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    work = ("-m", "tests.distributed.steps", "--work", folder, "--names", *(names or JOBS[size]))
+    finish(torchrun(*work, ranks=size), folder / f"curves-{size}.log", 1800)
     return json.loads((folder / f"curves-{size}.json").read_text())
 
 

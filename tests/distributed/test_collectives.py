@@ -1,14 +1,12 @@
 """Three real ranks: sums, messages of rank 0, failures told to all, replicas compared."""
 
 import json
-import subprocess
-from datetime import timedelta
 
 import pytest
 import torch
 
-from metatt_scale.parallel import World, check_same, join
-from tests.distributed.jobs import ROOT, environment, torchrun
+from metatt_scale.parallel import World, check_same
+from tests.distributed.jobs import finish, torchrun
 from tests.toy import CPU
 
 RANKS = 3
@@ -17,9 +15,7 @@ RANKS = 3
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collectives")
-    command = torchrun("-m", "tests.distributed.workers.collectives", folder, ranks=RANKS)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    finish(torchrun("-m", "tests.distributed.workers.collectives", folder, ranks=RANKS), folder / "log")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -82,14 +78,3 @@ def test_a_world_of_one_needs_no_group():
     check_same(world, {"a": "b"}, "")
     with pytest.raises(ZeroDivisionError):
         world.on_first(lambda: 1 / 0)
-
-
-def test_an_incomplete_environment_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with (
-        pytest.raises(ValueError, match=r"WORLD_SIZE is 2, but RANK, .* is not set"),
-        join(CPU, timedelta(seconds=1)),
-    ):
-        pass

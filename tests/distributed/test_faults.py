@@ -3,7 +3,9 @@
 `python -m tests.distributed.kill_matrix` prints all kills with their times; here are three that differ in kind.
 """
 
+import json
 import re
+import sys
 
 import pytest
 
@@ -15,6 +17,7 @@ from tests.distributed.jobs import (
     fault,
     finish,
     job,
+    stop,
     torchrun,
     write_recipe,
 )
@@ -41,11 +44,7 @@ def test_sigterm_on_any_rank_saves_once_ends_all_alike_and_costs_no_bit(undistur
     run, recipe = folder / "stopped", write_recipe(folder, "stopped")
     for rank, last in ((1, 6), (0, 9)):  # in the sixth step, and in the third step after that
         notes, log = folder / f"stopped-{rank}-notes", folder / f"stopped-{rank}.log"
-        kind = f"stop:{last if rank else last - 6}"
-        with job(torchrun(FAULTS, recipe), log, **fault(kind, rank, notes)) as running:
-            assert running.wait() != 0
-        output = running.output()
-        assert [(notes / f"code-{r}").read_text() for r in (0, 1)] == ["143\n", "143\n"], output
+        output = stop(torchrun(FAULTS, recipe), log, f"stop:{last if rank else last - 6}", rank, notes)
         assert set(re.findall(r"stopped by SIGTERM after step (\d+)", output)) == {str(last)}, output
         assert checkpoints_of(run)[-1] == f"step-{last:06d}" and metrics(run)[-1]["step"] == last
         assert not (run / "adapter").exists()
@@ -75,7 +74,57 @@ def test_a_frozen_rank_is_noticed_within_the_time_out(undisturbed):
     notes = folder / "freeze-notes"
     command = torchrun(FAULTS, write_recipe(folder, "freeze", parallel={"timeout_minutes": 0.1}))
     with job(command, folder / "freeze.log", **fault("freeze", 1, notes)) as running:
-        noticed = running.wait_until(lambda: "waited too long" in running.output(), "word of the rank that waits")
+        noticed = running.wait_until(lambda: "error on rank 0" in running.output(), "word of the rank that waits")
     seconds = noticed - float((notes / "moment").read_text())
     print(f"noticed {seconds:.1f} s after rank 1 froze; parallel.timeout_minutes is 6 s")
-    assert 5 < seconds < 60 and "Timed out" in running.output()
+    told = [line for line in running.output().splitlines() if line.startswith("error on rank 0")]
+    assert 5 < seconds < 60 and "Timed out" in told[0] and "within parallel.timeout_minutes" in told[0]
+
+
+def test_a_rank_that_never_comes_is_one_line(tmp_path):
+    """Also for the rank that waits for the first one's address: PyTorch writes its C++ stack unless told not to."""
+    command = [sys.executable, str(TRAIN), str(write_recipe(tmp_path, "run", parallel={"timeout_minutes": 0.05}))]
+    place = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with job(command, tmp_path / "log", **place) as running:
+        assert running.wait() == 2
+    (line,) = running.output().splitlines()
+    assert line.startswith("error on rank 1: a collective failed") and "parallel.timeout_minutes" in line
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        (
+            {"parallel": {"backbone": "fsdp2", "shard_size": 3}},
+            "shard_size is 3 (3 ranks), which does not divide the",
+        ),
+        ({"backbone": {"quantization": "int8"}, "parallel": {"backbone": "zero3"}}, "int8, whose layers keep"),
+    ],
+    ids=["shard size", "int8"],
+)
+def test_what_no_engine_can_hold_is_told_once_before_tokenising(tmp_path, sections, message):
+    with job(torchrun(TRAIN, write_recipe(tmp_path, "run", **sections)), tmp_path / "log") as running:
+        assert running.wait() != 0
+    output = running.output()
+    (line,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert line.startswith("error on rank 0") and message in line
+    assert "data:" not in output and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"zero_optimization": {"stage": 3, "stage3_bogus": 1}}, "stage3_bogus: Extra inputs are not permitted"),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": -1}}, "stage3_max_live_parameters: Input"),
+        ({"zero_optimization": {"stage": 3}, "flops_profiler": 3}, "refuses it ("),
+    ],
+    ids=["key", "value", "section"],
+)
+def test_what_deepspeed_refuses_is_one_line_with_file_and_key(tmp_path, section, message):
+    (tmp_path / "ds.json").write_text(json.dumps(section))
+    recipe = write_recipe(tmp_path, "run", parallel={"deepspeed_config": str(tmp_path / "ds.json")})
+    with job([sys.executable, str(TRAIN), str(recipe)], tmp_path / "log") as running:
+        assert running.wait() == 2
+    told = running.output().splitlines()[-1]
+    assert told.startswith(f"error: {tmp_path}/ds.json: DeepSpeed refuses it (") and message in told, running.output()
+    assert "correct or remove that key" in told and "Traceback" not in running.output()

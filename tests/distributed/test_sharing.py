@@ -2,12 +2,11 @@
 
 import json
 import math
-import subprocess
 
 import pytest
 
 from tests.distributed import equivalence, steps
-from tests.distributed.jobs import ROOT, environment, torchrun
+from tests.distributed.jobs import finish, torchrun
 from tests.distributed.workers.evaluation import STRATEGIES, write_questions
 from tests.toy import write_toy
 
@@ -38,9 +37,7 @@ def test_two_ranks_score_what_one_scores(tmp_path):
     """Under sharding too, where a rank without a batch must keep step."""
     write_toy(tmp_path)
     write_questions(tmp_path)
-    command = torchrun("-m", "tests.distributed.workers.evaluation", tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    finish(torchrun("-m", "tests.distributed.workers.evaluation", tmp_path), tmp_path / "log")
     for rank in range(2):
         seen = json.loads((tmp_path / f"answers-{rank}.json").read_text())
         assert {len(answer) for task in seen["alone"].values() for answer in task.values()} == {7}

@@ -47,6 +47,8 @@ def test_one_all_reduce_and_two_gathers_a_layer(ranks):
         ("backbone.gradient_checkpointing=false", "adapter.layers=[2,4]"),
         ("backbone.gradient_checkpointing=true", "adapter.layers=[2,4]"),
         ("parallel.reshard_after_forward=false",),
+        ("parallel.cpu_offload=true",),
+        ("backbone.quantization=int8",),
         ("parallel.shard_size=node",),
         ("parallel.shard_size=4", "adapter.kind=metatt_5d"),
         ("parallel.backbone=replicate", "adapter.rank=4"),
@@ -59,8 +61,9 @@ def test_every_setting_follows_the_formula(overrides):
 
 
 def test_one_rank_sends_nothing():
-    agrees(simulated(1, "parallel.backbone=fsdp2"))
-    assert simulated(1, "parallel.backbone=fsdp2").collectives == {}
+    found = simulated(1, "parallel.backbone=fsdp2")
+    agrees(found)
+    assert found.collectives == {}
 
 
 def test_the_last_of_many_ranks_owns_less():
@@ -74,19 +77,24 @@ def test_the_command(capsys):
     assert world["ranks"] == 8
     assert world["collectives"] == world["expected"]
     assert main(["plan", str(QLORA), "--simulate", "--nodes", "1", "--gpus-per-node", "2"]) == 0
-    assert "equal" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "equal" in output and "auto: planned as fsdp2" in output
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    "arguments, message",
     [
-        ("parallel.backbone=zero3", "parallel.backbone is zero3"),
-        ("adapter.target_modules=[query]", "on a small Llama model, and there: adapter.target_modules"),
-        ("backbone.quantization=int8", "set parallel.backbone: replicate"),
+        (["parallel.backbone=zero3"], "`parallel` means zero3"),
+        ([f"parallel.deepspeed_config={RECIPES.parent / 'ds_configs' / 'zero3.json'}"], "`parallel` means zero3"),
+        (["adapter.target_modules=[query]"], "on a small Llama model, and there: adapter.target_modules"),
+        (["backbone.quantization=int8", "parallel.backbone=fsdp2"], "set parallel.backbone: replicate"),
+        (["--nodes", "2048", "--gpus-per-node", "1"], "2048 x 1 = 2,048 ranks; simulate at most 1,024"),
+        (["--hardware", "l40s", "--memory", "9"], "has no use for --memory, --hardware; leave it out"),
     ],
+    ids=str,
 )
-def test_what_cannot_be_simulated(capsys, override, message):
-    assert main(["plan", str(QLORA), "--simulate", override]) == 2
+def test_what_cannot_be_simulated(capsys, arguments, message):
+    assert main(["plan", str(QLORA), "--simulate", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

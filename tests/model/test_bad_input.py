@@ -584,7 +584,7 @@ def test_our_own_mistakes_still_show_a_traceback(folder, monkeypatch, error):
     def fail(self):
         raise error
 
-    monkeypatch.setattr(loop.Trainer, "_step", fail)
+    monkeypatch.setattr(loop.Trainer, "_launch", fail)
     with pytest.raises(type(error), match="ours"):
         main(train(folder))
 

@@ -13,7 +13,7 @@ from metatt_scale.files import sha256
 from metatt_scale.training import checkpoint, train
 from metatt_scale.training.checkpoint import DamagedCheckpointError, RunState
 from tests.tiny import randomise
-from tests.toy import make_trainer, quiet, said, snapshot, toy_recipe
+from tests.toy import make_trainer, one_step, quiet, said, snapshot, toy_recipe
 
 STEPS = ["step-000004", "step-000006"]
 
@@ -36,7 +36,7 @@ def test_round_trip(tmp_path):
     recipe = toy_recipe(tmp_path)
     trainer = make_trainer(recipe)
     randomise(trainer.adapter)
-    trainer._step()
+    one_step(trainer)
     progress = RunState(step=7, skipped=2, skipped_in_a_row=1, best_loss=0.1 + 0.2, best_step=3, target_tokens=99)
     best = [torch.full_like(core, float(k)) for k, core in enumerate(trainer.adapter.cores)]
     taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest", 1)
@@ -56,9 +56,9 @@ def test_round_trip(tmp_path):
         state, restored = trainer.optimizer.state[mine], other.optimizer.state[theirs]
         assert state.keys() == restored.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(state[key], restored[key]) for key in state)
-    trainer._step()
+    one_step(trainer)
     other.progress.step = 1
-    other._step()
+    one_step(other)
     assert all(torch.equal(a, b) for a, b in zip(trainer.adapter.cores, other.adapter.cores, strict=True))
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     loaded = checkpoint.load(folder, recipe, trainer.adapter.spec.shapes)
     assert loaded.moments == [{}] * 4 and loaded.best_cores == []
     checkpoint.restore(loaded, trainer.adapter, trainer.optimizer)
-    trainer._step()
+    one_step(trainer)
 
 
 @pytest.mark.parametrize("keep", [2, 3])

@@ -2,14 +2,14 @@
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import load_backbone
-from metatt_scale.data import Batch
+from metatt_scale.benchmark.memory import held_bytes, peak_bytes
+from metatt_scale.data import IGNORE, Batch
 from metatt_scale.plan.layout import lay_out
 from metatt_scale.plan.memory import chain_bytes
 from metatt_scale.plan.peak import largest_micro_batch, memory_bytes
@@ -19,6 +19,8 @@ from metatt_scale.plan.weights import weight_bytes
 from metatt_scale.recipe import validate
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.optimizer import make_optimizer
+from metatt_scale.training.start import make_ready
+from tests.toy import quiet
 
 CPU = torch.device("cpu")
 TOLERANCE = 0.10
@@ -54,12 +56,6 @@ def make_recipe(folder, config=LLAMA, *, examples=4, tokens=64, ranks=1, **secti
     )
 
 
-def storages(tensors):
-    """Bytes of all distinct memory behind some tensors."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(found.values())
-
-
 # ---- to the byte
 
 
@@ -92,7 +88,7 @@ def test_weights_to_the_byte(tmp_path, backbone, tied):
         weight = getattr(module, "weight", None)
         tensors += state_tensors(getattr(weight, "quant_state", None))
         tensors += [value for value in (getattr(weight, "SCB", None),) if value is not None]
-    assert weight_bytes(read_shape(recipe), recipe.backbone).total == storages(tensors)
+    assert weight_bytes(read_shape(recipe), recipe.backbone).total == held_bytes(tensors)
 
 
 @pytest.mark.parametrize(
@@ -120,45 +116,52 @@ def test_chain_to_the_byte(tmp_path, adapter, dtype, folded):
     operands = [operand for module in chain._fold.modules for operand in module if operand is not None]
     leaf_gradients = [operand.leaf.grad for operand in operands if operand.leaf.grad is not None]
     expected = chain_bytes(read_shape(recipe), recipe, tail=6, folded=folded)
-    assert expected.cores == storages(list(chain.cores))
-    assert expected.factors == storages([tensor for operand in operands for tensor in operand])
-    leaves = storages(leaf_gradients)
+    assert expected.cores == held_bytes(list(chain.cores))
+    assert expected.factors == held_bytes([tensor for operand in operands for tensor in operand])
+    leaves = held_bytes(leaf_gradients)
     chain.pull_back()
     optimizer.step()
     gradients = [core.grad for core in chain.cores if core.grad is not None]
-    flat = storages(gradients) + 4 * 6
-    assert expected.gradients == leaves + storages(gradients) + flat
+    flat = held_bytes(gradients) + 4 * 6
+    assert expected.gradients == leaves + held_bytes(gradients) + flat
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert expected.moments == storages(moments)
+    assert expected.moments == held_bytes(moments)
 
 
 # ---- to 10 %
 
 
+@pytest.fixture(autouse=True)
+def attention_of_gpus(monkeypatch):
+    """The plan is for kernels that hold no scores; that for short examples on a CPU holds one example's."""
+    monkeypatch.setattr("metatt_scale.backbone.attention._SHORT", 0)
+
+
+def whole_batch(model, recipe, work, device):
+    """Examples of equal length whose last tokens are targets, packed where training would pack them."""
+    ids = torch.randint(2, 400, (work.examples, work.tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : work.tokens - work.answers] = IGNORE
+    if not make_ready(model, recipe.training.packing, device, quiet()):
+        return Batch(ids, torch.ones_like(ids), labels)
+    lengths = (work.tokens,) * work.examples
+    return Batch(ids.view(1, -1), torch.ones_like(ids).view(1, -1), labels.view(1, -1), lengths)
+
+
 def measured_peak(model, recipe, layout):
-    """Most bytes that the second of two steps held at once above what was there before (profiler, CPU allocator)."""
+    """Most bytes that the second of two steps held at once above what was there before."""
     chain = inject(model, recipe.adapter, 0)
     optimizer = make_optimizer(chain.cores, recipe.training)
-    shape_BS = (layout.work.examples, layout.work.tokens)
-    ids = torch.randint(2, 400, shape_BS, generator=torch.Generator().manual_seed(0))
+    batch = whole_batch(model, recipe, layout.work, CPU)
 
     def step():
-        token_loss_sum(model, Batch(ids, torch.ones_like(ids), ids.clone()), CPU).backward()
+        token_loss_sum(model, batch, CPU).backward()
         chain.pull_back()
         optimizer.step()
         optimizer.zero_grad()
 
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    recorded: Any = profile.profiler
-    events = enumerate(recorded.kineto_results.events())
-    changes = sorted((event.start_ns(), i, event.nbytes()) for i, event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return peak_bytes(step, CPU)
 
 
 def check(model, recipe, layout):
@@ -254,10 +257,10 @@ def test_peak_of_the_cuda_allocator(tmp_path, quantization, recompute):
     model = load_backbone(recipe.backbone, device, 0).train()
     chain = inject(model, recipe.adapter, 0)
     optimizer = make_optimizer(chain.cores, recipe.training)
-    ids = torch.randint(2, 400, (layout.work.examples, layout.work.tokens))
+    batch = whole_batch(model, recipe, layout.work, device)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        token_loss_sum(model, Batch(ids, torch.ones_like(ids), ids.clone()), device).backward()
+        token_loss_sum(model, batch, device).backward()
         chain.pull_back()
         optimizer.step()
         optimizer.zero_grad()

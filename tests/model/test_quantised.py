@@ -16,7 +16,8 @@ from torch import nn
 import metatt_scale.backbone.quantised as quantised_module
 from metatt_scale.adapter import inject, merge, unmerge
 from metatt_scale.adapter.merge import dequantised_weight
-from metatt_scale.backbone import load_backbone, quantise, quantised_linear
+from metatt_scale.backbone import load_backbone, quantised_linear
+from metatt_scale.backbone.quantised import linears_to_pack, pack
 from metatt_scale.recipe import AdapterRecipe, BackboneRecipe
 from tests.model.test_adapter import run_dense
 from tests.tiny import FLOAT32, MODELS, randomise, tiny_model, tokens
@@ -51,11 +52,16 @@ def wide_model(name="llama", dtype=torch.float32):
     return tiny_model(name, dtype=dtype, **{"gpt2": {}, "opt": OPT}.get(name, WIDE))
 
 
+def quantise(model, recipe):
+    """Pack a whole model at once, in place."""
+    pack(model, linears_to_pack(model, recipe, CPU), recipe, CPU)
+
+
 def packed_model(quantization, name="llama", dtype=torch.float32, **changes):
-    """A tiny model packed by our own `quantise`, in train mode, and the same model on the weights it stands for."""
+    """A tiny model packed by our own code, in train mode, and the same model on the weights it stands for."""
     model = wide_model(name, dtype)
     unpacked = copy.deepcopy(model)
-    quantise(model, recipe_of(quantization, **changes), CPU)
+    quantise(model, recipe_of(quantization, **changes))
     model.requires_grad_(False)
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
@@ -160,8 +166,8 @@ def test_a_model_without_linears_is_refused():
 def test_widths_that_bitsandbytes_unpacks_wrongly_are_refused(width):
     model = tiny_model("llama", hidden_size=width)
     with pytest.raises(ValueError, match=rf"q_proj is {width} wide.*multiple of 64; use int8 or none"):
-        quantise(model, recipe_of("nf4"), CPU)
-    quantise(model, recipe_of("int8"), CPU)
+        quantise(model, recipe_of("nf4"))
+    quantise(model, recipe_of("int8"))
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -363,9 +369,7 @@ def test_dequantised_weight_is_what_the_layer_computes_with(quantization):
     for double in (True, False):
         model, unpacked = packed_model(quantization, double_quantization=double)
         fresh = wide_model()
-        quantise(
-            fresh, recipe_of(quantization, double_quantization=double), CPU
-        )  # an int8 layer before its first run
+        quantise(fresh, recipe_of(quantization, double_quantization=double))  # an int8 layer before its first run
         for path, module in model.named_modules():
             if isinstance(module, Linear4bit | Linear8bitLt):
                 expected = unpacked.get_submodule(path).weight

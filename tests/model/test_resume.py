@@ -61,7 +61,7 @@ def with_dropout(folder):
 def test_a_signal_then_resume_gives_the_same_bits(straight, tmp_path, monkeypatch, stop_at):
     folder, expected = straight
     recipe = toy_recipe(folder, output_dir=str(tmp_path / "run"), training={**STEPS, "keep": "best"})
-    real = loop.Trainer._step
+    real = loop.Trainer._launch
 
     def step(self):
         if self.progress.step == stop_at - 1:
@@ -69,7 +69,7 @@ def test_a_signal_then_resume_gives_the_same_bits(straight, tmp_path, monkeypatc
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", step)
+        patch.setattr(loop.Trainer, "_launch", step)
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(TrainingStopped, match=f"SIGTERM after step {stop_at}") as caught:
             train(recipe, quiet())
@@ -86,7 +86,7 @@ def test_a_signal_then_resume_gives_the_same_bits(straight, tmp_path, monkeypatc
 def test_a_kill_then_resume_gives_the_same_bits(straight, tmp_path, monkeypatch, stop_at, where):
     folder, expected = straight
     recipe = toy_recipe(folder, output_dir=str(tmp_path / "run"), training={**STEPS, "keep": "best"})
-    real_step, real_save, real_json = loop.Trainer._step, loop.Trainer._save_if_due, checkpoint.write_json
+    real_step, real_save, real_json = loop.Trainer._launch, loop.Trainer._save_if_due, checkpoint.write_json
     at = {"step": 0}
 
     def step(self):
@@ -108,7 +108,7 @@ def test_a_kill_then_resume_gives_the_same_bits(straight, tmp_path, monkeypatch,
         real_json(path, value)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.Trainer, "_step", step)
+        patch.setattr(loop.Trainer, "_launch", step)
         patch.setattr(loop.Trainer, "_save_if_due", save)
         patch.setattr(checkpoint, "write_json", write_json)
         train(recipe, quiet())
@@ -134,14 +134,14 @@ def test_resume_with_dropout_and_a_skipped_step(tmp_path, monkeypatch):
             if stop_at is None:
                 train(recipe, quiet())
             else:
-                real_step = loop.Trainer._step
+                real_step = loop.Trainer._launch
 
                 def step(self, real_step=real_step, stop_at=stop_at):
                     if self.progress.step == stop_at:
                         raise Killed
                     return real_step(self)
 
-                patch.setattr(loop.Trainer, "_step", step)
+                patch.setattr(loop.Trainer, "_launch", step)
                 with pytest.raises(Killed):
                     train(recipe, quiet())
         if stop_at is not None:
@@ -156,7 +156,7 @@ def test_early_stopping_counts_over_a_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "evaluation_loss", lambda self: losses[self.progress.step])
     settings = {"max_steps": 50, "eval_every": 2, "save_every": 1, "early_stopping_patience": 3}
     recipe = toy_recipe(tmp_path, training=settings)
-    real = loop.Trainer._step
+    real = loop.Trainer._launch
 
     def step(self):
         if self.progress.step == 5:
@@ -164,7 +164,7 @@ def test_early_stopping_counts_over_a_resume(tmp_path, monkeypatch):
         return real(self)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.Trainer, "_step", step)
+        patch.setattr(loop.Trainer, "_launch", step)
         train(recipe, quiet())
     train(recipe, quiet())
     assert metrics(tmp_path / "run")[-1]["step"] == 8

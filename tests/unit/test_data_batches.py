@@ -121,7 +121,7 @@ def test_global_batches_cover_each_epoch_and_can_be_entered_anywhere():
 def test_a_batch_is_padded_on_the_right_with_unshifted_labels():
     table = make_table([3, 6])
     (batch,) = micro_batches(table, np.array([0, 1]), micro_batch_size=4, rank=0, world_size=1, pad_token_id=PAD)
-    assert all(part.shape == (2, 6) and part.dtype == torch.int64 for part in batch)
+    assert all(part.shape == (2, 6) and part.dtype == torch.int64 for part in batch[:3]) and batch.lengths is None
     for row, i in enumerate([1, 0]):  # the longest first
         tokens, flags = table.example(i)
         n = len(tokens)
@@ -129,6 +129,34 @@ def test_a_batch_is_padded_on_the_right_with_unshifted_labels():
         assert batch.attention_mask_BS[row].tolist() == [1] * n + [0] * (6 - n)
         labels = [int(t) if flag else IGNORE for t, flag in zip(tokens, flags, strict=True)]
         assert batch.labels_BS[row].tolist() == labels + [IGNORE] * (6 - n)
+
+
+def test_a_packed_batch_is_one_row_of_the_same_examples():
+    table = make_table([3, 6, 2])
+    table.flags[3] = 1  # as no tokeniser would have it: the first token of an example, which nothing predicts
+    settings = {"micro_batch_size": 4, "rank": 0, "world_size": 1, "pad_token_id": PAD}
+    (batch,) = micro_batches(table, np.arange(3), **settings, packed=True)
+    assert all(part.shape == (1, 11) and part.dtype == torch.int64 for part in batch[:3])
+    assert batch.lengths == (6, 3, 2) and batch.attention_mask_BS.all()
+    ids, labels = batch.input_ids_BS[0].split(batch.lengths), batch.labels_BS[0].split(batch.lengths)
+    for i, own_ids, own_labels in zip((1, 0, 2), ids, labels, strict=True):
+        tokens, flags = table.example(i)
+        assert own_ids.tolist() == tokens.tolist() and own_labels[0] == IGNORE
+        assert own_labels[1:].tolist() == np.where(flags, tokens, IGNORE)[1:].tolist()
+
+
+@pytest.mark.parametrize("world_size, n", [(1, 7), (3, 8), (4, 9)])
+def test_packed_and_padded_batches_hold_the_same_examples(world_size, n):
+    table = make_table(np.random.default_rng(1).integers(2, 40, 12))
+    for rank in range(world_size):
+        settings = {"micro_batch_size": 2, "rank": rank, "world_size": world_size, "pad_token_id": PAD}
+        packed = micro_batches(table, np.arange(n), **settings, packed=True)
+        padded = micro_batches(table, np.arange(n), **settings)
+        for one, other in zip(packed, padded, strict=True):
+            there = other.attention_mask_BS.bool()
+            assert one.lengths == tuple(there.sum(1).tolist())
+            assert torch.equal(one.input_ids_BS[0], other.input_ids_BS[there])
+            assert torch.equal(one.labels_BS[0], other.labels_BS[there])
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 9, 31, 32])

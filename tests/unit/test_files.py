@@ -25,10 +25,10 @@ def test_write_text_replaces_and_makes_folders(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644, "others may read it, which a temporary file does not allow"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Stop()])
+@pytest.mark.parametrize("make_error", [lambda: OSError(28, "No space left on device"), Stop], ids=["full", "stop"])
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_failing_write_leaves_the_old_text(tmp_path, monkeypatch, name, error):
-    path = tmp_path / "file"
+def test_a_failing_write_leaves_the_old_text(tmp_path, monkeypatch, name, make_error):
+    path, error = tmp_path / "file", make_error()
     write_text(path, "old")
 
     def fail(*_):
@@ -37,6 +37,7 @@ def test_a_failing_write_leaves_the_old_text(tmp_path, monkeypatch, name, error)
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(files.os, name, fail)
         write_text(path, "new")
+    assert getattr(error, "filename", str(path)) == str(path), "a full disk does not say which file it is about"
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half a pair: \ud800")

@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from metatt_scale.parallel.launcher import read_launch
+from metatt_scale.parallel.launcher import ContradictionError, read_launch
 from metatt_scale.recipe import ParallelRecipe, RecipeError
 
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     "python": {},
     "torchrun": {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"},
@@ -83,6 +85,7 @@ def test_a_file_of_stage_3_shards(launched, tmp_path, name):
     launched(name)
     launch = read_launch(ParallelRecipe(deepspeed_config=write(tmp_path, 3)))
     assert launch.strategy == "zero3" and launch.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert launch.deepspeed_file == str(tmp_path / "zero3.json")
 
 
 def test_accelerates_own_deepspeed_file_counts(launched, tmp_path, monkeypatch):
@@ -99,22 +102,76 @@ def test_accelerates_own_deepspeed_file_counts(launched, tmp_path, monkeypatch):
         ("{", "no DeepSpeed JSON"),
         ("[]", "no DeepSpeed JSON"),
         (None, "no DeepSpeed JSON"),
+        ("[" * 10_000, "no DeepSpeed JSON"),
+        ('{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": Infinity}}', "Infinity is no JSON number"),
         ('{"zero_optimization": {"stage": 4}}', "stage is 4"),
-        ('{"zero_optimization": {"stage": "auto"}}', "stage is 'auto'"),
-        ('{"zero_optimization": 3}', "stage is None"),
+        ('{"zero_optimization": {"stage": true}}', "stage is true; it must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": "auto"}}', 'stage is "auto"'),
+        ('{"zero_optimization": 3}', "zero_optimization is 3; it must be an object"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}',
+            'offload_param is "cpu"; it must be an object',
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_param": null}}', "offload_param is null; .* or be left out"),
+        ('{"zero_optimization": {"stage": 3}, "bf16": true}', "bf16 is true; it must be an object"),
+        ('{"zero_optimization": {"stage": 3}, "fp16": []}', r"fp16 is \[\]; it must be an object"),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_bad_deepspeed_files(launched, tmp_path, content, message):
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=message) as refusal:
         read_launch(ParallelRecipe(deepspeed_config=str(path)))
+    assert str(path) in str(refusal.value)
+
+
+FSDP2_ONLY = {"cpu_offload": True, "shard_size": 2, "reshard_after_forward": False}
+
+
+@pytest.mark.parametrize("name, value", FSDP2_ONLY.items())
+@pytest.mark.parametrize("strategy", ["replicate", "zero3"])
+def test_settings_of_fsdp2_under_another_engine(launched, name, value, strategy):
+    message = (
+        rf"parallel\.{name} is {value}, a setting of fsdp2, but the backbone is {strategy}; leave it out".lower()
+    )
+    with pytest.raises(ValueError, match=message):
+        ParallelRecipe.model_validate({"backbone": strategy, name: value})
+    launched("deepspeed" if strategy == "zero3" else "torchrun")
+    with pytest.raises(ContradictionError, match=message):
+        read_launch(ParallelRecipe.model_validate({name: value}))
+
+
+@pytest.mark.parametrize(
+    "name, variable, value, setting",
+    [
+        ("accelerate fsdp2", "FSDP_OFFLOAD_PARAMS", "true", {"cpu_offload": True}),
+        ("accelerate fsdp2", "FSDP_RESHARD_AFTER_FORWARD", "false", {"reshard_after_forward": False}),
+        ("accelerate zero3", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", None),
+    ],
+)
+def test_what_accelerate_was_told_is_not_dropped(launched, monkeypatch, name, variable, value, setting):
+    """Refused unless the recipe says the same; with the remedy, which is then taken."""
+    launched(name)
+    monkeypatch.setenv(variable, value)
+    setting = setting or {"deepspeed_config": str(ROOT / "ds_configs" / "zero3_offload_cpu.json")}
+    key = next(iter(setting))
+    with pytest.raises(ContradictionError, match=rf"accelerate launch --.* {value} has no effect.*parallel\.{key}: "):
+        read_launch(ParallelRecipe())
+    read_launch(ParallelRecipe.model_validate(setting))
+
+
+def test_a_stage_that_is_none(launched, monkeypatch):
+    launched("accelerate zero3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "three")
+    with pytest.raises(
+        RecipeError, match="ACCELERATE_DEEPSPEED_ZERO_STAGE is 'three'; give accelerate launch --zero"
+    ):
+        read_launch(ParallelRecipe())
 
 
 def test_contradictions_among_the_settings(launched, tmp_path, monkeypatch):
-    with pytest.raises(RecipeError, match=r"cpu_offload and parallel\.shard_size are settings of fsdp2"):
-        read_launch(ParallelRecipe(cpu_offload=True))
     launched("accelerate fsdp2")
     assert read_launch(ParallelRecipe(cpu_offload=True, shard_size="node")).strategy == "fsdp2"
     with pytest.raises(RecipeError, match="deepspeed_config is set"):

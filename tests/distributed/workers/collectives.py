@@ -40,11 +40,13 @@ def report(world: World) -> dict:
 
     gradients = [torch.full((2, 2), float(rank + 1)), torch.tensor([float(rank)])]
     signals = [None, 15, None]
-    sums = sum_step(world, gradients, torch.tensor(0.5 * rank, dtype=torch.float64), 1000 + rank, signals[rank])
+    sums = sum_step(
+        world, gradients, torch.tensor(0.5 * rank, dtype=torch.float64), 1000 + rank, signals[rank]
+    ).read()
     seen["step"] = [sums.loss, sums.tokens, sums.nonfinite_ranks, sums.stop_signal, sums.gradient_norm]
     seen["gradients"] = [gradient.tolist() for gradient in gradients]
     bad = [torch.tensor([float("nan") if rank == 2 else 1.0])]
-    sums = sum_step(world, bad, torch.tensor(float("inf") if rank == 1 else 0.0), 1, None)
+    sums = sum_step(world, bad, torch.tensor(float("inf") if rank == 1 else 0.0), 1, None).read()
     seen["nonfinite"] = [sums.nonfinite_ranks, sums.gradient_norm != sums.gradient_norm]
 
     core = torch.arange(4.0)

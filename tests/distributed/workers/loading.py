@@ -1,12 +1,11 @@
 """One rank: load each case's model under its engine, train one step's gradients on it, write what came out.
 
-python loading.py CASES.json OUT: with several ranks all compute the same batch, so every rank must find the loss and
-the gradients of one process.
+python -m tests.distributed.workers.loading CASES.json OUT: with several ranks all compute the same batch, so every
+rank must find the loss and the gradients of one process.
 """
 
 import json
 import logging
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,34 +15,20 @@ from safetensors.torch import save_file
 
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import load_backbone
-from metatt_scale.parallel import join
-from metatt_scale.parallel.fsdp2 import Fsdp2
-from metatt_scale.parallel.zero3 import Zero3, zero3_config
-from metatt_scale.recipe import AdapterRecipe, BackboneRecipe, ParallelRecipe
+from metatt_scale.parallel import Launch, join, make_engine
+from metatt_scale.recipe import AdapterRecipe, validate
 from tests.tiny import MODELS, randomise, tokens
 
 for library in ("bitsandbytes", "DeepSpeed", "deepspeed"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def engine_of(case, world):
-    dtype = getattr(torch, case["backbone"]["dtype"])
-    match case["engine"]:
-        case "none":
-            return None
-        case "fsdp2":
-            return Fsdp2(world, ParallelRecipe(backbone="fsdp2", **case.get("parallel", {})), dtype)
-    config = zero3_config(
-        case.get("deepspeed"), micro_batch_size=2, accumulation=1, dtype=dtype, world_size=world.size
-    )
-    return Zero3(world, config, dtype)
-
-
 def run(case, world):
     """Return the tensors of one case: loss before and after an evaluation, gradients, buffers."""
-    recipe = BackboneRecipe(**case["backbone"])
-    engine = engine_of(case, world)
-    model = load_backbone(recipe, world.device, seed=3, engine=engine)
+    data = {"output_dir": "unused", "backbone": case["backbone"], "data": {"train": [{"path": "unused"}]}}
+    recipe = validate(data | {"parallel": case.get("parallel", {})}, "loading")
+    engine = make_engine(world, Launch(strategy=case["engine"], deepspeed=case.get("deepspeed")), recipe)
+    model = load_backbone(recipe.backbone, world.device, seed=3, engine=engine)
     adapter = inject(model, AdapterRecipe(rank=3, target_modules=tuple(MODELS[case["name"]][2])), seed=0)
     randomise(adapter)
     ids = tokens()
@@ -83,21 +68,11 @@ def held(model):
 
 def main(cases_file, out):
     cases = json.loads(Path(cases_file).read_text())
-    with join(
-        torch.device("cpu"), timedelta(minutes=2), group=any(case["engine"] != "none" for case in cases)
-    ) as world:
+    sharded = any(case["engine"] != "replicate" for case in cases)
+    with join(torch.device("cpu"), timedelta(minutes=2), group=sharded) as world:
         for case in cases:
-            results: dict[str, torch.Tensor] = {}
-            message = None
-            try:
-                results = run(case, world)
-            except ValueError as error:
-                message = str(error)
-            stem = f"{out}/{case['key']}.{world.rank}"
-            save_file(results, stem + ".safetensors")
-            Path(stem + ".json").write_text(json.dumps({"error": message}))
+            save_file(run(case, world), f"{out}/{case['key']}.{world.rank}.safetensors")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     main(*sys.argv[1:])

@@ -1,0 +1,100 @@
+"""What a person can choose about a benchmark, besides the recipe; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from dataclasses import dataclass, fields
+from typing import Any
+
+TABLES = {
+    "steps": ("examples", "length", "ranks"),
+    "end_to_end": ("block_steps",),
+    "sweep": ("ranks",),
+    "wire": ("ranks",),
+    "scaling": ("examples", "length"),
+    "generation": ("examples", "length", "new_tokens", "ranks"),
+}
+"""Every table with the settings it takes; all of them take repeats."""
+
+_LEAST = {"examples": 1, "length": 2, "repeats": 1, "block_steps": 1, "new_tokens": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes of a benchmark."""
+
+    examples: int = 8
+    """Examples of a step; prompts of `generation`, continued together."""
+    length: int = 128
+    """Tokens of each example."""
+    repeats: int = 7
+    """Rounds that count."""
+    block_steps: int = 10
+    """Optimizer steps of each trainer's turn in `end_to_end`."""
+    new_tokens: int = 32
+    """Tokens by which `generation` continues each prompt."""
+    ranks: tuple[int, ...] = (8, 16, 64)
+    """TT-ranks, each of all bonds."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `benchmark` takes besides a recipe and its overrides."""
+    default = Settings()
+    parser.add_argument("--table", choices=tuple(TABLES), default="steps", help="what to measure (steps)")
+    parser.add_argument("--examples", type=int, help=f"examples per step, or prompts ({default.examples})")
+    parser.add_argument("--length", type=int, help=f"tokens per example ({default.length})")
+    parser.add_argument("--repeats", type=int, help=f"rounds that count ({default.repeats})")
+    parser.add_argument("--block-steps", type=int, metavar="N", help=f"steps per turn ({default.block_steps})")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help=f"tokens to generate ({default.new_tokens})")
+    ranks = ",".join(map(str, default.ranks))
+    parser.add_argument("--ranks", metavar="R,R,...", help=f"TT-ranks ({ranks})")
+    parser.add_argument("--targets", metavar="NAME,...", help="adapted modules, instead of adapter.target_modules")
+    parser.add_argument("--json", metavar="FILE", help="where the raw numbers go (benchmark_TABLE_TIME.json)")
+
+
+def read_settings(options: Namespace) -> Settings:
+    """Return the settings of a command line.
+
+    Raises:
+        ValueError: a number out of range, no list of ranks, or a setting that the chosen table does not take.
+    """
+    takes = (*TABLES[options.table], "repeats")
+    given: dict[str, Any] = {}
+    for field in fields(Settings):
+        value = getattr(options, field.name)
+        if value is None:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.name not in takes:
+            known = ", ".join(f"--{name.replace('_', '-')}" for name in takes)
+            raise ValueError(
+                f"{flag} is {value}, but --table {options.table} takes {known} only; leave {flag} out, or choose "
+                "another table"
+            )
+        if field.name == "ranks":
+            value = _ranks(value)
+        elif value < _LEAST[field.name]:
+            raise ValueError(f"{flag} is {value}; it must be at least {_LEAST[field.name]}")
+        given[field.name] = value
+    return Settings(**given)
+
+
+def read_targets(text: str) -> tuple[str, ...]:
+    """Return the module names of `--targets`.
+
+    Raises:
+        ValueError: it names none.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError(f"--targets is {text!r}; give names of linear modules, for example q_proj,v_proj")
+    return names
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    ranks = [int(part) for part in parts if part.isdecimal() and 1 <= int(part) <= 8192]
+    if len(ranks) != len(parts) or len(set(ranks)) != len(ranks):
+        raise ValueError(f"--ranks is {text!r}; give different numbers from 1 to 8192, for example 8,16,64")
+    return tuple(ranks)

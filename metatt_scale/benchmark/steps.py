@@ -1,0 +1,92 @@
+"""`--table steps`: time and peak memory of a training step, adapter by adapter, beside the frozen model's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from metatt_scale.backbone import load_backbone, pick_device
+from metatt_scale.benchmark.arms import FROZEN, Arm, Work, builders, random_batch, twin
+from metatt_scale.benchmark.memory import peak_bytes
+from metatt_scale.benchmark.report import (
+    Report,
+    describe_backbone,
+    describe_machine,
+    describe_targets,
+    ratio_cells,
+)
+from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.timing import ratios, take_turns
+from metatt_scale.recipe import Recipe
+from metatt_scale.training.start import try_head
+
+_MIB = 2**20
+_NOTES = (
+    "frozen: forward, and backward to the first decoder layer's input. Loss on the last eighth of each example.",
+    "time: everything of a step but the optimizer's own update, for all alike; MetaTT's folding and pulling back "
+    "are in it. PEFT's adapters are in fp32, its default, unless their name says otherwise.",
+    "memory: the most bytes held during a step beyond the frozen weights (trained values, gradients, activations; no "
+    "optimizer state), from a pass that is not timed.",
+)
+
+
+def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+    """Time a step of every arm, in turns, on one frozen backbone.
+
+    Raises:
+        ValueError: PEFT is not installed, or what backbone and targets refuse.
+    """
+    device = pick_device()
+    show("loading the backbone")
+    model = load_backbone(recipe.backbone, device, recipe.seed).train()
+    try_head(model, device)  # as training does; all arms have it
+    work = Work(recipe=recipe, batch=random_batch(model, settings.examples, settings.length), device=device)
+    arms = {}
+    for name, build in builders(recipe, settings.ranks).items():
+        show(f"adapting: {name}")
+        arms[name] = build(name, twin(model), work)
+    acts = {name: arm.step for name, arm in arms.items()}
+    seconds = take_turns(acts, settings.repeats, device, show)
+    peaks = {}
+    for name, arm in arms.items():
+        show(f"memory: {name}")
+        peaks[name] = arm.own_bytes + peak_bytes(arm.step, device)
+    rows = [_row(arm, seconds, peaks) for arm in arms.values()]
+    return Report(
+        table="steps",
+        title=f"a training step of {settings.examples} x {settings.length} tokens: {describe_backbone(recipe)}; "
+        f"adapted: {describe_targets(recipe)}",
+        machine=describe_machine(device),
+        columns=("arm", "trained", "seconds", "/ frozen", "range", "MiB", "/ frozen", "MiB over"),
+        cells=tuple(_cells(row) for row in rows),
+        rows=tuple(rows),
+        settings={**asdict(settings), "recipe": recipe.model_dump(mode="json")},
+        notes=_NOTES,
+    )
+
+
+def _row(arm: Arm, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+    return {
+        "arm": arm.name,
+        "trained": arm.trained,
+        "seconds": seconds[arm.name],
+        "time_ratio": ratios(seconds[arm.name], seconds[FROZEN])._asdict(),
+        "peak_bytes": peaks[arm.name],
+        "own_bytes": arm.own_bytes,
+        "memory_ratio": peaks[arm.name] / peaks[FROZEN],
+        "bytes_over_frozen": peaks[arm.name] - peaks[FROZEN],
+    }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["arm"],
+        f"{row['trained']:,}",
+        f"{statistics.median(row['seconds']):.4g}",
+        *ratio_cells(row["time_ratio"]),
+        f"{row['peak_bytes'] / _MIB:,.1f}",
+        f"{row['memory_ratio']:.3f}",
+        f"{row['bytes_over_frozen'] / _MIB:+,.1f}",
+    )

@@ -1,0 +1,137 @@
+"""`--table sweep`: rounding one chain to half its rank, beside truncating as many LoRAs one by one.
+
+A sweep factorises d - 1 matrices of about r x r, whatever the number of modules. LoRA has one matrix per module, and
+its SVD is dense (d_out x d_in), or that of an r x r core after a QR of both factors, which gives the same.
+
+Shape legend: I input width, O output width, R rank.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metatt_scale.adapter import ChainSpec, Target, chain_spec
+from metatt_scale.backbone import pick_device
+from metatt_scale.benchmark.arms import chain_recipe
+from metatt_scale.benchmark.report import Report, describe_machine, describe_targets, ratio_cells
+from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.timing import ratios, seconds_of, take_turns
+from metatt_scale.plan.shape import read_shape
+from metatt_scale.recipe import Recipe
+from metatt_scale.tensor import round_chain
+
+_DENSE = 2
+"""Dense SVDs that are really done: the first module's and the last one's."""
+_NOTES = (
+    "MetaTT-4D in float64, as the toolkit rounds; LoRA in float32, its usual type. Every bond is cut to half its "
+    "rank (to 1 at least).",
+    f"dense SVD: {_DENSE} modules measured once, at the first rank, and extrapolated to all modules (its time hardly "
+    "depends on the rank).",
+)
+
+
+def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+    """Time a sweep and its counterparts at every rank; no weights are loaded.
+
+    Raises:
+        ValueError: what backbone and targets refuse.
+    """
+    device, target_map = pick_device(), read_shape(recipe).target_map
+    targets, acts, specs = target_map.targets, {}, {}
+    for rank in settings.ranks:
+        spec = specs[rank] = chain_spec(chain_recipe(recipe, "metatt_4d", rank).adapter, target_map, None)
+        acts[f"MetaTT-4D r={rank}"] = _sweep(_random_cores(spec, device), _half(rank))
+        acts[f"LoRA r={rank}, QR first"] = _thin(targets, rank, device)
+    seconds = take_turns(acts, settings.repeats, device, show)
+    dense = []
+    for target in (targets[0], targets[-1]):
+        show(f"dense SVD: {target.path}")
+        dense.append(seconds_of(_dense(target, settings.ranks[0], device), device))
+    rows = []
+    for rank in settings.ranks:
+        sweep = seconds[f"MetaTT-4D r={rank}"]
+        for name in (f"MetaTT-4D r={rank}", f"LoRA r={rank}, QR first"):
+            rows.append(_row(name, rank, seconds[name], sweep))
+        whole = sum(dense) * len(targets) / _DENSE
+        extrapolated = _row(f"LoRA r={rank}, dense SVD", rank, [whole] * len(sweep), sweep)
+        rows.append({**extrapolated, "seconds": [whole], "measured_seconds": dense})
+    widths, layers, projections, outputs = specs[settings.ranks[0]].sizes
+    return Report(
+        table="sweep",
+        title=f"truncating to half the rank: {recipe.backbone.path}, {len(targets)} modules "
+        f"({describe_targets(recipe)}), chain {widths} x {layers} x {projections} x {outputs}",
+        machine=describe_machine(device),
+        columns=("what", "seconds", "/ sweep", "range"),
+        cells=tuple(_cells(row) for row in rows),
+        rows=tuple(rows),
+        settings={
+            **asdict(settings),
+            "recipe": recipe.model_dump(mode="json"),
+            "sizes": [widths, layers, projections, outputs],
+        },
+        notes=_NOTES,
+    )
+
+
+def truncate_product(b_OR: Tensor, a_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors of the best approximation of B A of this rank; the largest SVD is R x R."""
+    qb_OR, rb_RR = torch.linalg.qr(b_OR)
+    qa_IR, ra_RR = torch.linalg.qr(a_RI.mT)
+    u, s, vh = torch.linalg.svd(rb_RR @ ra_RR.mT, full_matrices=False)
+    return qb_OR @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa_IR.mT
+
+
+def truncate_dense(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors of the best approximation of a dense matrix of this rank."""
+    u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def _half(rank: int) -> int:
+    return max(1, rank // 2)
+
+
+def _random_cores(spec: ChainSpec, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device) for shape in spec.shapes]
+
+
+def _sweep(cores: list[Tensor], rank: int) -> Callable[[], object]:
+    return lambda: round_chain(cores, max_ranks=rank)
+
+
+def _pair(target: Target, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    b_OR, a_RI = (torch.randn(shape, generator=generator) for shape in ((target.d_out, rank), (rank, target.d_in)))
+    return b_OR.to(device), a_RI.to(device)
+
+
+def _thin(targets: tuple[Target, ...], rank: int, device: torch.device) -> Callable[[], object]:
+    """Truncate every module's LoRA; those of equal widths share their numbers, which time does not depend on."""
+    sizes = [(target.d_in, target.d_out) for target in targets]
+    pairs = {size: _pair(target, rank, device) for size, target in zip(sizes, targets, strict=True)}
+
+    def act() -> None:
+        for size in sizes:
+            truncate_product(*pairs[size], _half(rank))
+
+    return act
+
+
+def _dense(target: Target, rank: int, device: torch.device) -> Callable[[], object]:
+    b_OR, a_RI = _pair(target, rank, device)
+    return lambda: truncate_dense(b_OR @ a_RI, _half(rank))
+
+
+def _row(name: str, rank: int, seconds: list[float], sweep: list[float]) -> dict[str, Any]:
+    return {"arm": name, "rank": rank, "seconds": seconds, "time_ratio": ratios(seconds, sweep)._asdict()}
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["arm"], f"{statistics.median(row['seconds']):.4g}", *ratio_cells(row["time_ratio"])

@@ -1,0 +1,108 @@
+"""The loss of hidden states beside cross entropy on all logits."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metatt_scale.training import loss as module
+from metatt_scale.training.loss import fused_head, loss_of_hidden
+from metatt_scale.training.start import make_ready
+from tests.tiny import tiny_model, tokens
+from tests.toy import CPU, quiet
+
+N, D, V, T = 70, 48, 300, 37
+
+
+def problem(dtype, bias):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, D, generator=generator), 0.5 * torch.randn(V, D, generator=generator)
+    rows = torch.randperm(N, generator=generator)[:T].sort().values
+    targets = torch.randint(0, V, (T,), generator=generator)
+    shift = 3 * torch.randn(V, generator=generator) if bias else None
+    return hidden.to(dtype), weight.to(dtype), shift if shift is None else shift.to(dtype), rows, targets
+
+
+def value_and_gradient(function, hidden, factor):
+    leaf = hidden.detach().requires_grad_()
+    value = function(leaf)
+    (value * factor).backward()
+    return value.detach().double(), leaf.grad.double()
+
+
+@pytest.mark.parametrize("chunk", [1, 8, T, 1000])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_value_and_gradient_are_those_of_cross_entropy(monkeypatch, dtype, tolerance, bias, chunk):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * chunk)
+    hidden, weight, shift, rows, targets = problem(dtype, bias)
+
+    def plain(x):
+        return F.cross_entropy(F.linear(x[rows], weight, shift), targets, reduction="sum")
+
+    expected = value_and_gradient(plain, hidden, 0.3)
+    found = value_and_gradient(lambda x: loss_of_hidden(x, weight, shift, rows, targets), hidden, 0.3)
+    assert abs(found[0] - expected[0]) <= tolerance * expected[0]
+    assert (found[1] - expected[1]).norm() <= tolerance * expected[1].norm()
+    assert not found[1][~torch.isin(torch.arange(N), rows)].any()
+
+
+@pytest.mark.parametrize("dtype, epsilon", [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+def test_half_precision_is_near_the_sum_in_fp64(dtype, epsilon):
+    """Logits and their gradients are rounded to 16 bits, nothing else; so is what autograd does with all logits."""
+    hidden, weight, shift, rows, targets = problem(dtype, True)
+    assert shift is not None
+    exact = value_and_gradient(
+        lambda x: F.cross_entropy(F.linear(x[rows], weight.double(), shift.double()), targets, reduction="sum"),
+        hidden.double(),
+        1.0,
+    )
+    plain = value_and_gradient(
+        lambda x: F.cross_entropy(F.linear(x[rows], weight, shift).float(), targets, reduction="sum"), hidden, 1.0
+    )
+    found = value_and_gradient(lambda x: loss_of_hidden(x, weight, shift, rows, targets), hidden, 1.0)
+    assert loss_of_hidden(hidden, weight, shift, rows, targets).dtype == torch.float32
+    assert abs(found[0] - exact[0]) <= epsilon * exact[0]
+    error, of_plain = ((x[1] - exact[1]).norm() / exact[1].norm() for x in (found, plain))
+    assert error <= 1.2 * of_plain and error <= 4 * epsilon
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, _, rows, targets = problem(torch.float32, False)
+    value, gradient = value_and_gradient(lambda x: loss_of_hidden(x, weight, None, rows, targets), hidden * 1e4, 1.0)
+    assert value.isfinite() and gradient.isfinite().all() and gradient.any()
+
+
+def test_no_rows_give_a_loss_of_zero_that_can_be_differentiated():
+    hidden, weight, _, rows, targets = problem(torch.float32, False)
+    rows, targets = rows[:0], targets[:0]
+    value, gradient = value_and_gradient(lambda x: loss_of_hidden(x, weight, None, rows, targets), hidden, 1.0)
+    assert value == 0 and gradient.shape == hidden.shape and not gradient.any()
+
+
+def test_without_gradients_none_is_computed(monkeypatch):
+    hidden, weight, _, rows, targets = problem(torch.float32, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", lambda *_, **__: pytest.fail("a gradient that nobody asked for"))
+        assert not loss_of_hidden(hidden, weight, None, rows, targets).requires_grad
+    assert loss_of_hidden(hidden.requires_grad_(), weight, None, rows, targets).requires_grad
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "gpt2"])
+def test_the_head_gives_logits_to_everyone_else(name):
+    """phi: with a bias."""
+    plain, ready = (tiny_model(name, seed=2).requires_grad_(False) for _ in range(2))
+    assert make_ready(ready, True, CPU, quiet())
+    head = fused_head(ready)
+    assert head is not None and fused_head(plain) is None
+    ids = tokens(2, 7)
+    assert torch.equal(plain(ids).logits, ready(ids).logits)
+    with pytest.raises(ZeroDivisionError), head.giving_the_loss(torch.arange(2), torch.arange(2)):
+        raise ZeroDivisionError
+    assert torch.equal(plain(ids).logits, ready(ids).logits)
+    assert make_ready(ready, True, CPU, quiet()) and fused_head(ready) is head, "a second trainer changes nothing"
+
+
+def test_a_head_that_trains_gives_logits():
+    model = tiny_model("llama")
+    make_ready(model, "auto", CPU, quiet())
+    assert fused_head(model) is None

@@ -1,0 +1,201 @@
+"""What is refused before the ranks meet: the launcher's variables, engines that cannot hold a backbone, GPUs."""
+
+import pytest
+import torch
+
+from metatt_scale import cli
+from metatt_scale.backbone import pick_device
+from metatt_scale.parallel import Launch, check_engine, place_in_world, with_fitting_shards
+from metatt_scale.recipe import ParallelRecipe, RecipeError, validate
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+PLACE |= {"MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    for name in (*PLACE, "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def launch(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def test_the_place_is_the_launchers(launched):
+    assert place_in_world() == (0, 1, 1)
+    launched(**PLACE)
+    assert place_in_world() == (1, 4, 2)
+
+
+def test_the_deepspeed_launcher_has_another_name_for_the_node(launched, monkeypatch):
+    launched(**PLACE, LOCAL_SIZE="1")
+    assert place_in_world().local_size == 2
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert place_in_world().local_size == 1
+    monkeypatch.delenv("LOCAL_SIZE")
+    assert place_in_world().local_size == 4
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; it must be a whole number from 1 on; start with accelerate"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
+        ({"RANK": "x"}, "RANK is 'x'; it must be a whole number from 0 on"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "4"}, "RANK is 4, but WORLD_SIZE is 4, so ranks end at 3"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_variables_that_no_launcher_sets(launched, changed, message):
+    launched(**{**PLACE, **changed})
+    with pytest.raises(RecipeError, match=message):
+        place_in_world()
+
+
+def test_an_incomplete_environment_is_refused(launched):
+    launched(WORLD_SIZE="2")
+    with pytest.raises(RecipeError, match=r"WORLD_SIZE is 2, but RANK, .* is not set; start with"):
+        place_in_world()
+
+
+# ---- engines
+
+
+def check(strategy, deepspeed=None, size=2, device="cpu", backbone=None, **parallel):
+    data = {"output_dir": "unused", "backbone": {"path": "unused", **(backbone or {})}, "parallel": parallel}
+    recipe = validate(data | {"data": {"train": [{"path": "unused"}]}}, "test")
+    launch = Launch(strategy=strategy, deepspeed=deepspeed, deepspeed_file="ds.json")
+    check_engine(launch, recipe, size=size, local_size=2, device=torch.device(device))
+
+
+@pytest.mark.parametrize(
+    "strategy, settings, message",
+    [
+        (
+            "fsdp2",
+            {"shard_size": 3},
+            r"shard_size is 3 \(3 ranks\), which does not divide the 2 ranks of the job; give",
+        ),
+        ("fsdp2", {"shard_size": "node", "size": 5}, r"shard_size is node \(2 ranks\), which does not divide the 5"),
+        ("fsdp2", {"cpu_offload": True}, "cpu_offload is true, but this run computes on the CPU.*leave it out"),
+        ("fsdp2", {"backbone": {"quantization": "int8"}}, "int8, whose layers .*set parallel.backbone: replicate"),
+        ("zero3", {"backbone": {"quantization": "int8"}}, "int8, whose layers .*set parallel.backbone: replicate"),
+        (
+            "zero3",
+            {"backbone": {"quantization": "nf4", "quant_storage": "uint8"}},
+            "set backbone.quant_storage: bfloat16",
+        ),
+        ("zero3", {"deepspeed": {"fp16": {"enabled": True}}}, 'ds.json: fp16.enabled is true, but .*; write "auto"'),
+        (
+            "zero3",
+            {"deepspeed": {"bf16": {"enabled": False}}},
+            "ds.json: bf16.enabled is false, but backbone.dtype is",
+        ),
+        (
+            "zero3",
+            {"deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/no/such"}}}},
+            "ds.json: .*nvme_path is '/no/such', which is no folder; name one",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_hold(strategy, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        check(strategy, **settings)
+
+
+def test_what_an_engine_can_hold():
+    check("replicate", backbone={"quantization": "int8"})
+    check("fsdp2", shard_size="node", size=4, backbone={"quantization": "nf4"})
+    check("fsdp2", cpu_offload=True, device="cuda")
+    check("zero3", {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}})
+    check("zero3")
+
+
+@pytest.mark.parametrize("size, kept", [(4, 2), (6, 2), (3, "world"), (1, "world")])
+def test_shards_on_other_ranks(size, kept):
+    assert with_fitting_shards(ParallelRecipe(shard_size=2), size, 8).shard_size == kept
+
+
+# ---- GPUs
+
+
+def test_more_ranks_than_gpus(launched, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    launched(LOCAL_RANK="1")
+    assert pick_device() == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
+    launched(LOCAL_RANK="2")
+    with pytest.raises(ValueError, match="LOCAL_RANK is 2, but this node has 2 GPUs; start at most 2 processes here"):
+        pick_device()
+
+
+# ---- what is printed of it
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Make `train` raise an error; return its exit code and the seconds it waited before it said so."""
+
+    def run(error):
+        def refuse(*_):
+            raise error
+
+        waited = []
+        monkeypatch.delenv("METATT_DEBUG", raising=False)
+        monkeypatch.setattr(cli, "load_recipe", refuse)
+        monkeypatch.setattr(cli.time, "sleep", waited.append)
+        return cli.main(["train", "unused.yaml"]), waited
+
+    return run
+
+
+@pytest.mark.parametrize("local_rank, waits", [("0", False), ("1", True)])
+@pytest.mark.parametrize("error, by_all", [(RecipeError("bad"), True), (ValueError("bad"), False)], ids=repr)
+def test_every_rank_tells_its_error_in_the_end(launched, fails, capsys, local_rank, waits, error, by_all):
+    """What all ranks find the first one of a node tells at once; the launcher ends the others while they wait."""
+    launched(RANK=local_rank, LOCAL_RANK=local_rank, WORLD_SIZE="2")
+    code, waited = fails(error)
+    assert code == 2 and bool(waited) == (waits and by_all)
+    assert capsys.readouterr().err == f"error on rank {local_rank}: bad\n"
+
+
+def test_a_rank_without_a_number(launched, fails, capsys):
+    launched(WORLD_SIZE="2")
+    assert fails(RecipeError("bad"))[0] == 2
+    assert capsys.readouterr().err == "error: bad\n"
+
+
+@pytest.mark.parametrize("number", [28, 122])
+def test_a_full_disk_has_a_place_and_a_remedy(fails, capsys, number):
+    full = OSError(number, "No space left on device")
+    full.filename = "/run/recipe.yaml"
+    assert fails(full)[0] == 2
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: /run/recipe.yaml: No space left on device; make room and start the same command"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("[gloo] Timed out waiting 6000ms", "did not answer within parallel.timeout_minutes"),
+        ("[gloo] Connection closed by peer", "another rank is gone; its own error tells why"),
+    ],
+)
+def test_a_failed_collective_names_the_key(launched, fails, capsys, text, why):
+    launched(**PLACE)
+    code, waited = fails(torch.distributed.DistBackendError(text + "\nC++ stack"))
+    message = capsys.readouterr().err
+    assert code == 2 and waited and why in message and message.count("\n") == 1
