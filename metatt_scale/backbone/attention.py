@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from metatt_scale.backbone.cpu_attention import attend_each, causal_mask
+from metatt_scale.device import to_device
 
 PACKED_SDPA = "metatt_packed_sdpa"
 """The name under which transformers finds `packed_sdpa`."""
@@ -81,9 +82,9 @@ def packed_arguments(model: PreTrainedModel, lengths: Sequence[int], device: tor
     is computed on the host, so that no layer asks the device for a length.
     """
     boundaries = torch.tensor([0, *lengths]).cumsum(0)
-    position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device, non_blocking=True)
+    position_ids = to_device(torch.cat([torch.arange(length) for length in lengths])[None], device)
     if model.config._attn_implementation != PACKED_SDPA:
-        ends, longest = boundaries.to(device, torch.int32, non_blocking=True), max(lengths)
+        ends, longest = to_device(boundaries.int(), device), max(lengths)
         ends_and_lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         return {"position_ids": position_ids, **ends_and_lengths, "max_length_q": longest, "max_length_k": longest}
     # Seeing positions that start anew, transformers would make a mask of T x T. A mask of four axes it passes on as
@@ -109,8 +110,8 @@ class Packing:
             # Padding repeats an example's last token, which is finite; no token sees what follows it.
             rows_BS = starts_B1 + torch.minimum(steps_S, lengths_B1 - 1)
             places_T = (steps_S < lengths_B1).flatten().nonzero().squeeze(1)
-            self._rows_N = rows_BS.flatten().to(device, non_blocking=True)
-            self._places_T = places_T.to(device, non_blocking=True)
+            self._rows_N = to_device(rows_BS.flatten(), device)
+            self._places_T = to_device(places_T, device)
 
     def spread(self, x_1HTd: Tensor) -> Tensor:
         """Return (B, H, S, d), every example in a row of its own; a view where all are of one length."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from metatt_scale.backbone.attention import packed_arguments
 from metatt_scale.data import IGNORE, Batch
+from metatt_scale.device import to_device
 
 CHUNK_BYTES = 1 << 27
 """fp32 logits that exist at once where the output head gives the loss."""
@@ -31,20 +32,20 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -
     kernels take their fast causal path. All indices are computed on the host: nothing waits for the device.
     """
     wanted = _wanted(batch)
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids_BS.to(device, non_blocking=True), "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": to_device(batch.input_ids_BS, device), "use_cache": False}
     if batch.lengths is not None:
         arguments |= packed_arguments(model, batch.lengths, device)
-    targets_T = wanted.targets_T.to(device, non_blocking=True)
+    targets_T = to_device(wanted.targets_T, device)
     head = fused_head(model)
     if head is not None:
-        with head.giving_the_loss(wanted.rows_T.to(device, non_blocking=True), targets_T):
+        with head.giving_the_loss(to_device(wanted.rows_T, device), targets_T):
             return model(**arguments).logits
-    columns_P = wanted.columns_P.to(device, non_blocking=True)
+    columns_P = to_device(wanted.columns_P, device)
     # Positions are named one by one: from a slice of the last ones the output projection would get a strided input,
     # for which it copies its weight once per example.
     logits_BPV = model(**arguments, logits_to_keep=columns_P).logits
     assert logits_BPV.shape[1] == len(columns_P), "the model returned logits for other positions than asked for"
-    logits_TV = logits_BPV.flatten(0, 1)[wanted.rows_in_columns_T.to(device, non_blocking=True)]
+    logits_TV = logits_BPV.flatten(0, 1)[to_device(wanted.rows_in_columns_T, device)]
     return F.cross_entropy(logits_TV.to(_at_least_fp32(logits_TV)), targets_T, reduction="sum")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metatt_scale.device import to_device
 from metatt_scale.parallel import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -100,10 +101,3 @@ def sum_step(
         gradient.copy_(part.view_as(gradient))
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts[:-1]]))
     return PendingSums(parts[-1], norm)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a host tensor on the device without waiting for what the device is doing."""
-    if device.type == "cuda" and tensor.device.type == "cpu":  # out of other memory a copy would wait
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

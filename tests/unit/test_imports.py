@@ -12,7 +12,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAUNCHERS = sorted((ROOT / "launch").glob("*.py"))
 
 FLOORS = [
-    {"metatt_scale", "files"},
+    {"metatt_scale", "files", "device"},
     {"tensor", "recipe"},
     {"adapter", "data", "backbone", "parallel"},
     {"training", "plan", "export", "evaluation", "reopen", "scoring", "quickstart", "benchmark", "report", "study"},
