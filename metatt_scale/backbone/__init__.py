@@ -10,7 +10,7 @@ from metatt_scale.backbone.loading import (
 from metatt_scale.backbone.quantised import quantised_linear
 from metatt_scale.backbone.source import Source, identity, resolve
 from metatt_scale.backbone.tokenizer import byte_tokenizer, load_tokenizer
-from metatt_scale.backbone.units import Engine, find_units
+from metatt_scale.backbone.units import Engine, compile_layers, find_units
 
 __all__ = [
     "Engine",

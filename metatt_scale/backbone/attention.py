@@ -181,14 +181,29 @@ def packed_sdpa(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
+    return _attend_packed(module, query, key, value, packing, dropout, scaling, sliding_window, options), None
+
+
+@torch.compiler.disable  # lengths differ from batch to batch: a compiled layer would be compiled for each
+def _attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> Tensor:
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and packing.longest <= _SHORT and not dropout:
         scale = scaling or query.shape[-1] ** -0.5
         mask = packing.added_mask(sliding_window, query.dtype)
-        return attend_each(query[0], key[0], value[0], packing.lengths, mask, scale)[None], None
+        return attend_each(query[0], key[0], value[0], packing.lengths, mask, scale)[None]
     query, key, value = packing.spread(query), packing.spread(key), packing.spread(value)
     mask = packing.window(sliding_window, query.device)
     out_BSHd, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=True, **options)
-    return packing.gather(out_BSHd), None
+    return packing.gather(out_BSHd)
 
 
 class _Spread(torch.autograd.Function):

@@ -63,6 +63,15 @@ def find_units(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return units
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch.compile replace the forward of every layer at its first call, in place.
+
+    Layer by layer: all of them share one compilation, and hooks of checkpointing stay outside.
+    """
+    for _, layer in _members_of_lists(model, ""):
+        layer.compile(dynamic=True)  # lengths differ from batch to batch
+
+
 def _members_of_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name

@@ -37,6 +37,8 @@ class BackboneRecipe(_Section):
     """Attention kernel; `auto` takes flash-attn where it is installed and the device has it, else SDPA."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass (non-reentrant): less memory, about a third more time."""
+    compile: bool = False
+    """Compile each layer with torch.compile. The first steps take minutes; worth it for long runs on a GPU."""
     trust_remote_code: bool = False
     """Run Python code that a hub repository ships. Off unless you have read that code."""
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale import __version__
 from metatt_scale.adapter import ChainAdapter, inject, save_adapter
-from metatt_scale.backbone import identity, load_backbone, load_tokenizer, pick_device
+from metatt_scale.backbone import compile_layers, identity, load_backbone, load_tokenizer, pick_device
 from metatt_scale.data import PreparedData, prepare
 from metatt_scale.files import new_folder, write_text
 from metatt_scale.parallel import (
@@ -121,6 +121,8 @@ def _assemble(
         model = load_backbone(recipe.backbone, world.device, recipe.seed, engine)
     check_trainable(model, data)
     adapter = inject(model, recipe.adapter, recipe.seed)
+    if recipe.backbone.compile:
+        compile_layers(model)
     _report_adapter(adapter, console)
     if world.size > 1:
         console.print(f"{world.size} ranks, backbone: {launch.strategy}", highlight=False)
