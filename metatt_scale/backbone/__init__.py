@@ -16,6 +16,7 @@ __all__ = [
     "Engine",
     "Source",
     "byte_tokenizer",
+    "compile_layers",
     "enable_checkpointing",
     "find_units",
     "identity",

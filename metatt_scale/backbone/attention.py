@@ -11,8 +11,8 @@ Shape legend: T tokens of the row, B examples, S tokens of the longest example, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,8 +184,7 @@ def packed_sdpa(
     return _attend_packed(module, query, key, value, packing, dropout, scaling, sliding_window, options), None
 
 
-@torch.compiler.disable  # lengths differ from batch to batch: a compiled layer would be compiled for each
-def _attend_packed(
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -204,6 +203,10 @@ def _attend_packed(
     mask = packing.window(sliding_window, query.device)
     out_BSHd, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=True, **options)
     return packing.gather(out_BSHd)
+
+
+_attend_packed: Callable[..., Tensor] = cast(Any, torch.compiler.disable)(_attend)
+"""Lengths differ from batch to batch: a compiled layer would be compiled for each."""
 
 
 class _Spread(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -9,13 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
-from metatt_scale.benchmark.arms import LORA_RANKS, twin
+from metatt_scale.benchmark.arms import LORA_RANKS
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.timing import progress, ratios, seconds_of, turns
-from metatt_scale.benchmark.trainers import Contestant, Job, has_trl, ours, peft_trainer, trl_trainer
-from metatt_scale.benchmark.turns import LoopInTurns
+from metatt_scale.benchmark.trainers import Job, has_trl, ours, peft_trainer, trl_trainer
+from metatt_scale.benchmark.turns import LoopInTurns, Pause
 from metatt_scale.data import prepare
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.checks import check_trainable
@@ -26,46 +29,25 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl
 
 
 def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
-    """Let training loops take turns on one frozen backbone, so many optimizer steps each, on the same records.
+    """Let training loops take turns, so many optimizer steps each, on the same records and backbone.
 
     Raises:
         ValueError: PEFT is not installed, or what backbone, targets and records refuse.
     """
     recipe = adjusted(recipe, settings)
-    device, tokenizer = pick_device(), load_tokenizer(recipe.backbone)
     show("tokenising")
-    data = prepare(recipe.data, tokenizer, recipe.seed)  # type: ignore[arg-type]
-    show("loading the backbone")
-    model = load_backbone(recipe.backbone, device, recipe.seed)
-    check_trainable(model, data)
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            recipe=recipe,
-            data=data,
-            tokenizer=tokenizer,
-            device=device,
-            block_steps=settings.block_steps,
-            folder=Path(folder),
-        )
-        contestants = [ours(twin(model), job), peft_trainer(twin(model), job, _RANK)]
-        if has_trl():
-            contestants.append(trl_trainer(twin(model), job, _RANK))
-        seconds = _run(contestants, settings.repeats, job, show)
-    first = _WARM_UP_BLOCKS * settings.block_steps
-    starts = [first + block * settings.block_steps for block in range(settings.repeats)]
-    rows = []
-    for contestant in contestants:
-        tokens = [contestant.tokens(start, start + settings.block_steps) for start in starts]
-        rows.append({"arm": contestant.name, "trained": contestant.trained, "tokens": tokens})
-        rows[-1]["seconds"] = seconds[contestant.name]
-        rows[-1]["tokens_per_second"] = [n / s for n, s in zip(tokens, seconds[contestant.name], strict=True)]
+    data = prepare(recipe.data, load_tokenizer(recipe.backbone), recipe.seed)  # type: ignore[arg-type]
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("the benchmark compares with PEFT, which is not installed; run `pip install peft`")
+    names = ["ours", "trainer", *(["trl"] if has_trl() else [])]
+    rows = _run(names, recipe, settings, show)
     for row in rows:
         row["rate_ratio"] = ratios(row["tokens_per_second"], rows[1]["tokens_per_second"])._asdict()
     return Report(
         table="end_to_end",
         title=f"training on {', '.join(source.path for source in recipe.data.train)}: {describe_backbone(recipe)}; "
         f"adapted: {describe_targets(recipe)}; {recipe.training.batch_size} examples a step",
-        machine=describe_machine(device, _PACKAGES),
+        machine=describe_machine(pick_device(), _PACKAGES),
         columns=("loop", "trained", "tokens/s", "/ Trainer", "range"),
         cells=tuple(_cells(row) for row in rows),
         rows=tuple(rows),
@@ -88,20 +70,56 @@ def adjusted(recipe: Recipe, settings: Settings) -> Recipe:
     )
 
 
-def _run(
-    contestants: list[Contestant], repeats: int, job: Job, show: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """Return the seconds of every loop's blocks that count."""
-    loops = {contestant.name: LoopInTurns(contestant.loop, job.device) for contestant in contestants}
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number, name in turns(list(loops), repeats, _WARM_UP_BLOCKS):
-        show(f"{progress(number, repeats)}: {name}")
-        taken = seconds_of(loops[name].advance, job.device)
+def _run(names: list[str], recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Let the loops take turns; return a row for each, with the seconds and tokens of its blocks that count."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    loops = {}
+    for name in names:
+        show(f"starting {name}")
+        loops[name] = LoopInTurns(contend, name, recipe, settings.block_steps)
+    host = torch.device("cpu")  # each loop waits for its own device before it pauses
+    for number, name in turns(names, settings.repeats, _WARM_UP_BLOCKS):
+        show(f"{progress(number, settings.repeats)}: {name}")
+        taken = seconds_of(loops[name].advance, host)
         if number >= 0:
             seconds[name].append(taken)
-    for loop in loops.values():
-        loop.close()
-    return seconds
+    rows = []
+    for name, loop in loops.items():
+        tokens = loop.close()[_WARM_UP_BLOCKS : _WARM_UP_BLOCKS + settings.repeats]
+        rates = [n / s for n, s in zip(tokens, seconds[name], strict=True)]
+        rows.append({**loop.facts, "tokens": tokens, "seconds": seconds[name], "tokens_per_second": rates})
+    return rows
+
+
+def contend(
+    ready: Callable[[dict[str, Any]], None], pause: Pause, name: str, recipe: Recipe, block: int
+) -> list[int]:
+    """Be one loop, in a process of its own; return the real tokens of each of its blocks of steps."""
+    device, tokenizer = pick_device(), load_tokenizer(recipe.backbone)
+    data = prepare(recipe.data, tokenizer, recipe.seed)  # type: ignore[arg-type]
+    model = load_backbone(recipe.backbone, device, recipe.seed)
+    check_trainable(model, data)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(
+            recipe=recipe, data=data, tokenizer=tokenizer, device=device, block_steps=block, folder=Path(folder)
+        )
+        match name:
+            case "ours":
+                contestant = ours(model, job)
+            case "trainer":
+                contestant = peft_trainer(model, job, _RANK)
+            case _:
+                contestant = trl_trainer(model, job, _RANK)
+
+        def wait() -> bool:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return pause()
+
+        ready({"arm": contestant.name, "trained": contestant.trained})
+        contestant.loop(wait)
+        assert recipe.training.max_steps is not None
+        return [contestant.tokens(start, start + block) for start in range(0, recipe.training.max_steps, block)]
 
 
 def _notes(settings: Settings) -> tuple[str, ...]:

@@ -18,13 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale.adapter import inject
 from metatt_scale.benchmark.arms import put_lora
+from metatt_scale.benchmark.turns import Pause
 from metatt_scale.data import IGNORE, BatchOrder, PreparedData, TokenTable
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.loop import Trainer
-
-Pause = Callable[[], bool]
-"""Lets other loops run; true where this one is to end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from metatt_scale.adapter import AdaptedLinear
 from metatt_scale.backbone import byte_tokenizer, load_backbone
-from metatt_scale.benchmark import end_to_end, generation
+from metatt_scale.benchmark import generation
 from metatt_scale.benchmark.arithmetic import Size
 from metatt_scale.benchmark.arms import LORA_RANKS, Work, builders, random_batch, twin
 from metatt_scale.benchmark.memory import held_bytes, peak_bytes
@@ -89,35 +90,45 @@ def test_ratios_are_taken_pair_by_pair():
     assert ratios((1.1, 2.6, 4.8), (1.0, 2.0, 4.0)) == pytest.approx((1.2, 1.1, 1.3))
 
 
-def test_loops_in_threads_take_turns():
-    log = []
+def loop_that_logs(ready, pause, name, pauses, log):
+    ready(name)
+    for i in range(pauses):
+        with open(log, "a") as file:
+            file.write(f"{name}{i} ")
+        if pause():
+            break
+    return pauses
 
-    def loop(name, pauses):
-        def run(pause):
-            for i in range(pauses):
-                log.append(f"{name}{i}")
-                if pause():
-                    break
-            log.append(f"{name} ends")
 
-        return LoopInTurns(run, CPU)
+def loop_that_fails(ready, pause):
+    ready(None)
+    pause()
+    raise ValueError("told")
 
-    a, b = loop("a", 9), loop("b", 2)
+
+def loop_that_dies(ready, pause):
+    ready(None)
+    os._exit(3)
+
+
+def test_loops_in_processes_take_turns(tmp_path):
+    log = tmp_path / "log"
+    a, b = (LoopInTurns(loop_that_logs, name, 9, str(log)) for name in "ab")
+    assert (a.facts, b.facts) == ("a", "b") and not log.exists()
     for _ in range(2):
         a.advance()
         b.advance()
-    b.close()
-    a.close()
-    assert log == ["a0", "b0", "a1", "b1", "b ends", "a ends"]
+    assert (a.close(), b.close()) == (9, 9)
+    assert log.read_text().split() == ["a0", "b0", "a1", "b1"]
 
-    def failing(pause):
-        pause()
-        raise ValueError("told")
 
-    broken = LoopInTurns(failing, CPU)
+def test_a_loop_that_fails_says_why():
+    broken = LoopInTurns(loop_that_fails)
     broken.advance()
     with pytest.raises(ValueError, match="told"):
         broken.advance()
+    with pytest.raises(ValueError, match="ended with code 3"):
+        LoopInTurns(loop_that_dies).advance()
 
 
 # ---- memory
@@ -222,20 +233,10 @@ def test_table_of_steps(recipe_file, capsys):
     assert checkpointed["rows"][0]["peak_bytes"] < floor["peak_bytes"]
 
 
-def test_table_end_to_end_leaves_the_backbone_alone(recipe_file, monkeypatch):
-    seen = []
-
-    def load(*arguments):
-        seen.append(load_backbone(*arguments))
-        seen.append(state_of(seen[0]))
-        return seen[0]
-
-    monkeypatch.setattr(end_to_end, "load_backbone", load)
+def test_table_end_to_end(recipe_file):
     report = run(recipe_file, "--table", "end_to_end", "--repeats", "2", "--block-steps", "4")
     names = ["metatt_4d r=4, metatt-scale", "LoRA r=8, transformers Trainer"]
     assert [row["arm"] for row in report["rows"]] == names + ["LoRA r=8, TRL packing"] * has_trl()
-    model, before = seen
-    assert state_of(model) == before
     ours, trainer = report["rows"][:2]
     # 64 records in batches of 16: each turn is an epoch, in whatever order.
     assert (ours["trained"], trainer["trained"]) == (TRAINED["MetaTT-4D r=4"], TRAINED["LoRA r=8"])
