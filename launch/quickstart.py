@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from metatt_scale.cli import main
+from metatt_scale.cli import run
 
 if __name__ == "__main__":
     recipe = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
-    sys.exit(main(["quickstart", str(recipe), *sys.argv[1:]]))
+    run(["quickstart", str(recipe), *sys.argv[1:]])

@@ -8,6 +8,7 @@ that needs them, after its arguments and recipe are checked.
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import logging
 import os
@@ -59,6 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(_GIVE_WAY_SECONDS)
             print(f"error{_which_rank()}: {why}", file=sys.stderr)
         return 2
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end this process with its exit code."""
+    leave(main(arguments))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit(code)` does, but let the operating system take the interpreter down.
+
+    FSDP2 and DeepSpeed keep process groups alive after `destroy_process_group`. A thread of gloo's that frees the
+    tensors of its last collective while the interpreter is being taken down asks for a lock that is no more, and the
+    process aborts with all its work done (pytorch/pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads on, or the disk is full
+            code = code or 1
+    os._exit(code)
 
 
 def _which_rank() -> str:
@@ -322,4 +344,4 @@ def _quickstart(options: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

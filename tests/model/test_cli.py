@@ -170,6 +170,19 @@ def test_a_bad_recipe_is_told_before_anything_heavy_is_imported(recipe):
     assert done.stdout == "2 []\n" and done.stderr.startswith("error: ")
 
 
+def test_a_process_ends_without_taking_the_interpreter_down():
+    """Handlers run and nothing printed is lost, but no object is freed: a thread of gloo's might be at it still."""
+    code = (
+        "import atexit, sys\nfrom metatt_scale.cli import leave\n"
+        "class Held:\n    def __del__(self): print('freed')\n"
+        "held = Held()\natexit.register(print, 'handled', end='')\nprint('said', end=', ')\n"
+        "leave(3)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said, handled", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "plan"])
 def test_launchers(recipe, name):

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from metatt_scale.backbone import byte_tokenizer
+from metatt_scale.cli import leave
 from metatt_scale.evaluation import evaluate
 from metatt_scale.parallel import Launch, Strategy, World, join
 from metatt_scale.recipe import EvaluationRecipe
@@ -57,3 +58,4 @@ if __name__ == "__main__":
     with join(CPU, timedelta(seconds=120), group=True) as world:
         together = {s: answers(folder, world, s, s) for s in STRATEGIES}
         (folder / f"answers-{world.rank}.json").write_text(json.dumps({"alone": alone, **together}))
+    leave(0)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
@@ -111,17 +111,18 @@ def plant() -> None:
         raise ValueError(f"FAULT is {KIND!r}; no such moment")
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Train, with the fault if it is this rank's."""
     note(f"pid-{RANK}", os.getpid())
+    from metatt_scale.cli import leave
     from metatt_scale.cli import main as command
 
     if RANK == int(os.environ["FAULT_RANK"]) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         plant()
     code = command(["train", *sys.argv[1:]])
     note(f"code-{RANK}", code)
-    return code
+    leave(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
