@@ -24,7 +24,7 @@ from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.timing import ratios, seconds_of, take_turns
 from metatt_scale.plan.shape import read_shape
 from metatt_scale.recipe import Recipe
-from metatt_scale.tensor import round_chain
+from metatt_scale.tensor import sweep
 
 _DENSE = 2
 """Dense SVDs that are really done: the first module's and the last one's."""
@@ -55,11 +55,11 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         dense.append(seconds_of(_dense(target, settings.ranks[0], device), device))
     rows = []
     for rank in settings.ranks:
-        sweep = seconds[f"MetaTT-4D r={rank}"]
+        chain = seconds[f"MetaTT-4D r={rank}"]
         for name in (f"MetaTT-4D r={rank}", f"LoRA r={rank}, QR first"):
-            rows.append(_row(name, rank, seconds[name], sweep))
+            rows.append(_row(name, rank, seconds[name], chain))
         whole = sum(dense) * len(targets) / _DENSE
-        extrapolated = _row(f"LoRA r={rank}, dense SVD", rank, [whole] * len(sweep), sweep)
+        extrapolated = _row(f"LoRA r={rank}, dense SVD", rank, [whole] * len(chain), chain)
         rows.append({**extrapolated, "seconds": [whole], "measured_seconds": dense})
     widths, layers, projections, outputs = specs[settings.ranks[0]].sizes
     return Report(
@@ -103,7 +103,7 @@ def _random_cores(spec: ChainSpec, device: torch.device) -> list[Tensor]:
 
 
 def _sweep(cores: list[Tensor], rank: int) -> Callable[[], object]:
-    return lambda: round_chain(cores, max_ranks=rank)
+    return lambda: sweep(cores, max_ranks=rank)
 
 
 def _pair(target: Target, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:

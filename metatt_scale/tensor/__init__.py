@@ -1,4 +1,4 @@
-"""The chain as mathematics: cores, canonical forms, rounding. Imports torch only."""
+"""The chain as mathematics: cores, canonical forms, sweeps, gauges. Imports torch only."""
 
 from metatt_scale.tensor.canonical import canonicalise, move_centre, shift_left, shift_right, singular_values
 from metatt_scale.tensor.cores import (
@@ -12,25 +12,40 @@ from metatt_scale.tensor.cores import (
     ranks,
     subtract,
 )
-from metatt_scale.tensor.rounding import Rounded, Truncation, kept_rank, round_chain
+from metatt_scale.tensor.gauge import (
+    GaugeChange,
+    balance,
+    enrich,
+    feasible_ranks,
+    gauge_change,
+    transport_gradient,
+    transport_variance,
+)
+from metatt_scale.tensor.sweep import Cut, Swept, sweep
 
 __all__ = [
     "Chain",
-    "Rounded",
-    "Truncation",
+    "Cut",
+    "GaugeChange",
+    "Swept",
+    "balance",
     "canonicalise",
     "check_chain",
+    "enrich",
+    "feasible_ranks",
+    "gauge_change",
     "inner",
-    "kept_rank",
     "largest_ranks",
     "materialise",
     "mode_sizes",
     "move_centre",
     "norm",
     "ranks",
-    "round_chain",
     "shift_left",
     "shift_right",
     "singular_values",
     "subtract",
+    "sweep",
+    "transport_gradient",
+    "transport_variance",
 ]

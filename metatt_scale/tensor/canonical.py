@@ -19,7 +19,7 @@ from metatt_scale.tensor.cores import Chain
 def shift_right(cores: list[Tensor], k: int) -> None:
     """Make core k a left isometry and push the rest into core k + 1, in place of the list."""
     p, n, _ = cores[k].shape
-    q_PNxK, r_KQ = torch.linalg.qr(cores[k].flatten(0, 1))
+    q_PNxK, r_KQ = _unique_qr(cores[k].flatten(0, 1))
     cores[k] = q_PNxK.view(p, n, -1)
     cores[k + 1] = torch.tensordot(r_KQ, cores[k + 1], 1)  # (K, Q) x (Q, N', Q')
 
@@ -27,9 +27,16 @@ def shift_right(cores: list[Tensor], k: int) -> None:
 def shift_left(cores: list[Tensor], k: int) -> None:
     """Make core k a right isometry and push the rest into core k - 1, in place of the list."""
     _, n, q = cores[k].shape
-    q_NQxK, r_KP = torch.linalg.qr(cores[k].flatten(1, 2).mT)
+    q_NQxK, r_KP = _unique_qr(cores[k].flatten(1, 2).mT)
     cores[k] = q_NQxK.mT.reshape(-1, n, q)
     cores[k - 1] = torch.tensordot(cores[k - 1], r_KP.mT, 1)  # (P', N', P) x (P, K)
+
+
+def _unique_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the QR whose R has no negative diagonal, so that a core that is an isometry already stays as it is."""
+    q, r = torch.linalg.qr(matrix)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
+    return q * signs, signs[:, None] * r
 
 
 def canonicalise(cores: Chain, centre: int) -> list[Tensor]:

@@ -28,10 +28,15 @@ launchers=()
 
 remove_hosts() {
   trap '' TERM INT # a second signal would leave half of them
-  ((${#launchers[@]} == 0)) || kill -KILL "${launchers[@]}" 2>/dev/null
+  exec 2>/dev/null # the shell would tell of everything killed
+  # Not by the list: a signal may come between the start of a launcher and its entry there.
+  jobs -p | xargs -r kill -KILL 2>/dev/null
+  wait 2>/dev/null
   for name in "${names[@]}"; do
     # A namespace outlives its name while a process runs in it, so those go first.
-    ip netns pids "$name" 2>/dev/null | xargs -r kill -KILL 2>/dev/null
+    while pids=$(ip netns pids "$name" 2>/dev/null) && [[ -n $pids ]]; do
+      xargs -r kill -KILL <<<"$pids" 2>/dev/null
+    done
     ip netns del "$name" 2>/dev/null
   done
 }

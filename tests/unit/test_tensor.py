@@ -9,13 +9,11 @@ from metatt_scale.tensor import (
     canonicalise,
     check_chain,
     inner,
-    largest_ranks,
     materialise,
     mode_sizes,
     move_centre,
     norm,
     ranks,
-    round_chain,
     singular_values,
     subtract,
 )
@@ -95,43 +93,6 @@ def test_singular_values_are_those_of_the_unfoldings(sizes, rank_list):
         assert spectrum[n:].norm() + expected[n:].norm() < TOLERANCE * dense.norm()
 
 
-@pytest.mark.parametrize("sizes, rank_list", CASES)
-@pytest.mark.parametrize("cap", [1, 2, 3, 50])
-def test_rounding_error_is_the_predicted_one(sizes, rank_list, cap):
-    a = random_chain(sizes, rank_list)
-    rounded = round_chain(a, max_ranks=cap)
-    measured = norm(subtract(a, rounded.cores)).item()
-    scale = norm(a).item()
-    assert abs(measured - rounded.predicted_error) < TOLERANCE * scale * 10
-    limits = [min(cap, most) for most in largest_ranks(sizes)]
-    assert all(r <= limit for r, limit in zip(ranks(rounded.cores), limits, strict=True))
-    check_chain(rounded.cores)
-
-
-@pytest.mark.parametrize("bound", [1e-3, 0.1, 0.5])
-def test_rounding_keeps_to_its_bound(bound):
-    a = random_chain((7, 3, 2, 6), (4, 5, 3))
-    rounded = round_chain(a, max_rel_error=bound)
-    assert norm(subtract(a, rounded.cores)) <= bound * norm(a) * (1 + 1e-12)
-
-
-def test_rounding_finds_the_true_rank():
-    a = random_chain((7, 3, 4, 6), (2, 2, 2))
-    padded = subtract(a, [*a[:-1], a[-1] * 0.25])  # ranks 4, 4, 4 of which half are redundant
-    assert ranks(padded) == (4, 4, 4)
-    rounded = round_chain(padded, max_rel_error=1e-10)
-    assert ranks(rounded.cores) == (2, 2, 2)
-    assert norm(subtract(padded, rounded.cores)) < 1e-10 * norm(padded)
-
-
-def test_rounding_keeps_dtype_and_handles_zero():
-    zero = [torch.zeros(1, 5, 3), torch.randn(3, 4, 3), torch.randn(3, 6, 1)]
-    rounded = round_chain(zero, max_rel_error=0.1)
-    assert ranks(rounded.cores) == (1, 1)
-    assert rounded.predicted_error == 0 and rounded.cores[0].dtype == torch.float32
-    assert materialise(rounded.cores).norm() == 0
-
-
 @pytest.mark.parametrize(
     "cores, message",
     [
@@ -146,16 +107,6 @@ def test_not_a_chain(cores, message):
         check_chain(cores)
 
 
-def test_rounding_refuses_what_it_cannot_do():
-    a = random_chain((4, 3, 4), (2, 2))
-    with pytest.raises(ValueError, match="at least 1"):
-        round_chain(a, max_ranks=0)
-    with pytest.raises(ValueError, match="2 inner bonds"):
-        round_chain(a, max_ranks=[1, 2, 3])
-    with pytest.raises(ValueError, match="at least 0"):
-        round_chain(a, max_rel_error=-1)
-    a[1][0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        round_chain(a, max_ranks=1)
+def test_no_such_centre():
     with pytest.raises(ValueError, match="centres 0 to 2"):
-        canonicalise(a, 3)
+        canonicalise(random_chain((4, 3, 4), (2, 2)), 3)
