@@ -6,6 +6,7 @@ from metatt_scale.adapter.lora_form import lora_pairs, peft_config, peft_state
 from metatt_scale.adapter.merge import merge, plain_linear, unmerge
 from metatt_scale.adapter.modes import ChainSpec
 from metatt_scale.adapter.saved import load_adapter, read_adapter, read_description, save_adapter
+from metatt_scale.adapter.size import norm_in_use
 from metatt_scale.adapter.targets import Target, TargetMap, find_targets
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "load_adapter",
     "lora_pairs",
     "merge",
+    "norm_in_use",
     "peft_config",
     "peft_state",
     "plain_linear",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from metatt_scale.adapter import operator
 from metatt_scale.adapter.folding import Fold, Operand, Operands, fold, folding_pays
 from metatt_scale.adapter.modes import ChainSpec
 from metatt_scale.adapter.targets import Target, TargetMap
+from metatt_scale.tensor import mode_sizes, ranks
 
 
 class AdaptedLinear(nn.Module):
@@ -168,10 +170,17 @@ class ChainAdapter(nn.Module):
         self._forget()
 
     def set_cores(self, cores: Sequence[Tensor]) -> None:
-        """Replace the values of all cores (same shapes)."""
-        with torch.no_grad():
-            for core, value in zip(self.cores, cores, strict=True):
-                core.copy_(value)
+        """Replace all cores. Where ranks change, the cores are new parameters, which want a new optimizer."""
+        if ranks(cores) == self.spec.ranks:
+            with torch.no_grad():
+                for core, value in zip(self.cores, cores, strict=True):
+                    core.copy_(value)
+            return
+        assert mode_sizes(cores) == self.spec.sizes
+        self.spec = replace(self.spec, ranks=ranks(cores))
+        like = self.cores[0]
+        self.cores = nn.ParameterList([nn.Parameter(core.detach().to(like, copy=True)) for core in cores])
+        self._forget()
 
     # ---- what a person wants to do with it
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -96,6 +96,15 @@ class World:
         if status == _FAILED:
             raise OtherRankError(f"rank 0 failed: {received.decode()}")
         return _unpack(received)
+
+    def tensors_from_first(self, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """Run `compute` on rank 0 alone and return its tensors on every rank (on the CPU); raises as `from_first`."""
+
+        def message() -> Message:
+            return None, {str(i): tensor for i, tensor in enumerate(compute())}
+
+        _, tensors = self.from_first(message)
+        return [tensors[str(i)] for i in range(len(tensors))]
 
     def on_first(self, act: Callable[[], Any]) -> None:
         """Run `act` on rank 0 while the others wait for it.

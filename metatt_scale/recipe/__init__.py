@@ -12,6 +12,7 @@ from metatt_scale.recipe.schema import (
     Recipe,
     TrainingRecipe,
 )
+from metatt_scale.recipe.sweep import SweepRecipe
 
 __all__ = [
     "AdapterRecipe",
@@ -23,6 +24,7 @@ __all__ = [
     "ParallelRecipe",
     "Recipe",
     "RecipeError",
+    "SweepRecipe",
     "TrainingRecipe",
     "dump_recipe",
     "load_recipe",

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from metatt_scale.recipe.section import Section
+from metatt_scale.recipe.sweep import INNER_BONDS, SweepRecipe, check_ranks
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class BackboneRecipe(_Section):
+class BackboneRecipe(Section):
     """The frozen model that is adapted."""
 
     path: str = Field(min_length=1)
@@ -43,7 +40,7 @@ class BackboneRecipe(_Section):
     """Run Python code that a hub repository ships. Off unless you have read that code."""
 
 
-class AdapterRecipe(_Section):
+class AdapterRecipe(Section):
     """The tensor train shared by all layers and projections."""
 
     kind: Literal["metatt_4d", "metatt_5d"] = "metatt_4d"
@@ -72,15 +69,8 @@ class AdapterRecipe(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> AdapterRecipe:
-        n_modes = {"metatt_4d": 4, "metatt_5d": 5}[self.kind]
-        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
-        if not ranks or min(ranks) < 1 or max(ranks) > 8192:
-            raise ValueError("`rank` must be at least 1 and at most 8192; give one number, or one per inner bond")
-        if isinstance(self.rank, tuple) and len(ranks) != n_modes - 1:
-            raise ValueError(
-                f"`rank` has {len(ranks)} entries but {self.kind} has {n_modes - 1} inner bonds; "
-                f"give {n_modes - 1} ranks, or one number for all bonds"
-            )
+        n_modes = INNER_BONDS[self.kind] + 1
+        check_ranks(self.rank, self.kind)
         if self.init is not None:
             pairs = self.init.split("-")
             if len(pairs) != n_modes or not set(pairs) <= {"ze", "id", "no"}:
@@ -97,7 +87,7 @@ class AdapterRecipe(_Section):
         return self
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """One place records are read from."""
 
     path: str = Field(min_length=1)
@@ -110,7 +100,7 @@ class DataSource(_Section):
     """Use only the first so many records."""
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     """Records, how they become text, and how the text is cut."""
 
     train: tuple[DataSource, ...] = Field(min_length=1)
@@ -142,7 +132,7 @@ class DataRecipe(_Section):
         return self
 
 
-class TrainingRecipe(_Section):
+class TrainingRecipe(Section):
     """The optimisation."""
 
     epochs: int = Field(default=2, ge=1)
@@ -202,7 +192,7 @@ class TrainingRecipe(_Section):
         return self
 
 
-class ParallelRecipe(_Section):
+class ParallelRecipe(Section):
     """How several processes share one job; one process needs none of it."""
 
     backbone: Literal["auto", "replicate", "fsdp2", "zero3"] = "auto"
@@ -250,7 +240,7 @@ class ParallelRecipe(_Section):
         )
 
 
-class EvaluationRecipe(_Section):
+class EvaluationRecipe(Section):
     """Scores after training."""
 
     tasks: tuple[str, ...] = ()
@@ -263,7 +253,7 @@ class EvaluationRecipe(_Section):
     """Sequences per forward."""
 
 
-class LoggingRecipe(_Section):
+class LoggingRecipe(Section):
     """Where numbers go, besides metrics.jsonl."""
 
     every: int = Field(default=10, ge=1)
@@ -274,7 +264,7 @@ class LoggingRecipe(_Section):
     """Project name given to the trackers."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One fine-tuning run, from the model to the scores."""
 
     output_dir: str = Field(min_length=1)
@@ -285,6 +275,8 @@ class Recipe(_Section):
     adapter: AdapterRecipe = AdapterRecipe()
     data: DataRecipe
     training: TrainingRecipe = TrainingRecipe()
+    sweep: SweepRecipe | None = None
+    """Change the chain's ranks while it is trained; they stay as they are when absent."""
     parallel: ParallelRecipe = ParallelRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     logging: LoggingRecipe = LoggingRecipe()
@@ -298,4 +290,12 @@ class Recipe(_Section):
                 "`training.keep: best` and `training.early_stopping_patience` need validation records; "
                 "set `data.validation_size` or `data.validation`"
             )
+        if self.sweep is not None:
+            self._check_sweep(self.sweep)
         return self
+
+    def _check_sweep(self, sweep: SweepRecipe) -> None:
+        for point in sweep.schedule:
+            check_ranks(point.rank, self.adapter.kind)
+        if sweep.formula is not None and not isinstance(self.adapter.rank, int):
+            raise ValueError("`sweep.formula` starts from one rank for all bonds; give `adapter.rank` as one number")

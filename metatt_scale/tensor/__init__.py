@@ -21,16 +21,18 @@ from metatt_scale.tensor.gauge import (
     transport_gradient,
     transport_variance,
 )
-from metatt_scale.tensor.sweep import Cut, Swept, sweep
+from metatt_scale.tensor.sweep import Cut, Scores, Swept, cut_pair, sweep
 
 __all__ = [
     "Chain",
     "Cut",
     "GaugeChange",
+    "Scores",
     "Swept",
     "balance",
     "canonicalise",
     "check_chain",
+    "cut_pair",
     "enrich",
     "feasible_ranks",
     "gauge_change",

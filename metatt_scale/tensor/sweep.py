@@ -106,6 +106,17 @@ def sweep(
     return Swept(cores=[core.to(dtype) for core in moving], cuts=tuple(cuts))
 
 
+def cut_pair(
+    theta_PNNQ: Tensor, *, max_rank: int | None, min_rank: int = 1, max_discarded_weight: float | None = None
+) -> tuple[Tensor, Tensor, Cut]:
+    """Split two merged cores: U is the left one, s V^T the right one. The rules are those of `sweep`."""
+    p, n, m, q = theta_PNNQ.shape
+    u, s_K, vh = torch.linalg.svd(theta_PNNQ.reshape(p * n, m * q), full_matrices=False)
+    kept = _choose(s_K.square(), max_rank, min_rank, max_discarded_weight)
+    left, right = u[:, kept].view(p, n, -1), (s_K[kept, None] * vh[kept]).view(-1, m, q)
+    return left, right, _account(s_K, kept)
+
+
 def _svd_of_pair(cores: Sequence[Tensor], k: int, *, right_is_isometry: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (P N, K) and s of cores k and k + 1 merged, and the rows (K, Q) that make core k + 1 to s V^T.
 

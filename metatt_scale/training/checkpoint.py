@@ -26,6 +26,8 @@ from torch import Tensor
 from metatt_scale.adapter import ChainAdapter
 from metatt_scale.files import new_folder, save_tensors, sha256, write_json
 from metatt_scale.recipe import Recipe
+from metatt_scale.tensor import check_chain
+from metatt_scale.training.optimizer import Moments, moments_of
 
 _MARKER, _STATE, _TENSORS = "COMPLETE", "state.json", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -58,6 +60,8 @@ class RunState:
     evaluations_without_gain: int = 0
     target_tokens: int = 0
     """Target tokens trained on."""
+    sweeps: list[dict[str, Any]] = field(default_factory=list)
+    """Sweeps so far: step, and ranks after it."""
     finished: bool = False
     """Nothing is left to train (all steps done, or stopped early)."""
 
@@ -68,7 +72,7 @@ class Snapshot:
 
     progress: RunState
     cores: list[Tensor]
-    moments: list[dict[str, Tensor]]
+    moments: list[Moments]
     """AdamW's state per core; empty before the first step."""
     best_cores: list[Tensor] = field(default_factory=list)
     inputs: str = ""
@@ -124,23 +128,12 @@ def take_snapshot(
     return Snapshot(
         progress=progress,
         cores=[core.detach() for core in adapter.cores],
-        moments=[optimizer.state.get(core, {}) for core in adapter.cores],
+        moments=moments_of(optimizer, adapter.cores),
         best_cores=list(best),
         inputs=inputs,
         world_size=world_size,
         threads=torch.get_num_threads(),
     )
-
-
-def restore(snapshot: Snapshot, adapter: ChainAdapter, optimizer: torch.optim.Optimizer) -> None:
-    """Put a snapshot's tensors back into adapter and optimizer."""
-    adapter.set_cores([core.to(adapter.cores[0].device) for core in snapshot.cores])
-    for core, moments in zip(adapter.cores, snapshot.moments, strict=True):
-        if moments:
-            # AdamW keeps its step counter on the CPU and the moments beside the parameter.
-            optimizer.state[core] = {
-                name: value if name == "step" else value.to(core.device) for name, value in moments.items()
-            }
 
 
 def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
@@ -190,7 +183,13 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
     except (SafetensorError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
     found = [tuple(core.shape) for core in snapshot.cores]
-    if found != [tuple(shape) for shape in shapes]:
+    wanted = [tuple(shape) for shape in shapes]
+    if recipe.sweep is not None:  # any ranks, but the same modes
+        check_chain(snapshot.cores)
+        same = [n for _, n, _ in found] == [n for _, n, _ in wanted]
+    else:
+        same = found == wanted
+    if not same:
         raise ValueError(
             f"{folder}: holds cores of shapes {found}, this run has {list(shapes)}; not the same adapter"
         )

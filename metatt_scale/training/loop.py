@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,10 +23,15 @@ from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
 from metatt_scale.training.loss import token_loss_sum
-from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib
-from metatt_scale.training.optimizer import apply, clip, learning_rate, make_optimizer
-from metatt_scale.training.reduce import SIGNALS, PendingSums, sum_step
+from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
+from metatt_scale.training.optimizer import Moments, apply, clip, install, learning_rate, make_optimizer, moments_of
+from metatt_scale.training.reduce import PendingSums, sum_step
+from metatt_scale.training.seeds import derived_seed
+from metatt_scale.training.signals import SignalCatcher
+from metatt_scale.training.slices import SliceNorms, spectra
 from metatt_scale.training.start import make_ready
+from metatt_scale.training.sweep_plan import plan_sweeps
+from metatt_scale.training.sweeping import perform_sweep
 
 _HALF_SCALE = 1024.0
 
@@ -58,6 +59,8 @@ class _Launched:
     rate: float
     started: float
     sums: PendingSums
+    slices: SliceNorms | None
+    """Of the gradient, where the step is logged."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +86,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.adapter.cores, training)
         self.order = BatchOrder(self.data.train, self.recipe.seed, training.batch_size)
         self.total_steps = training.max_steps or training.epochs * self.order.steps_per_epoch
-        self.signal: int | None = None  # received by this rank
+        self.sweeps = plan_sweeps(self.recipe, self.order.steps_per_epoch, self.total_steps)
+        self.signals = SignalCatcher()
         self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
         self.packed = make_ready(self.model, training.packing, self.world.device, self.console)
         self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
@@ -107,12 +111,12 @@ class Trainer:
         metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step) if first else None
         trackers = Trackers(self.recipe) if first else None
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
-        restore_signals = self._catch_signals()
+        restore_signals = self.signals.catch()
         started, first_step = time.perf_counter(), self.progress.step
 
         def publish(step: int, report: dict[str, Any]) -> None:
             left = (time.perf_counter() - started) / (step - first_step) * (self.total_steps - step)
-            bar.update(step, _shown(report), left)
+            bar.update(step, shown(report), left)
             if metrics and trackers and self._is_logged(step, report):
                 metrics.write(step, report)
                 trackers.log(step, report)
@@ -123,6 +127,7 @@ class Trainer:
                 while len(self._launched) > self._unread_steps():
                     step, report = self._settle()
                     if not self._launched:
+                        self._sweep_if_due(report)
                         self._evaluate_if_due(report)
                     publish(step, report)
                 if not self._launched:
@@ -139,27 +144,34 @@ class Trainer:
         """Return how many steps may stay unread: the one in work, unless something is due that needs its numbers."""
         training, hopeless = self.recipe.training, self._is_hopeless()
         due = self._due(training.eval_every) or self._due(training.save_every) or self._replicas_due()
+        due = due or self.sweeps.due(self.progress.step)
         return 0 if not self.read_late or self.progress.finished or due or hopeless or self.stop_signal else 1
 
     def _is_logged(self, step: int, report: dict[str, Any]) -> bool:
         last = self.progress.finished and step == self.progress.step
-        return step % self.recipe.logging.every == 0 or "eval_loss" in report or last
+        return step % self.recipe.logging.every == 0 or "eval_loss" in report or "sweep" in report or last
 
     def _launch(self) -> None:
         """Queue one optimizer step; nothing waits for the device."""
         training, step = self.recipe.training, self.progress.step
         started = time.perf_counter()
-        epoch, indices = self.order.global_batch(step)
-        tokens = target_count(self.data.table, indices)
-        loss_sum, length = self._accumulate(indices, tokens, step)
+        epoch, tokens, sums = self._gradient(step)
         gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
-        sums = sum_step(self.world, gradients, loss_sum, length, self.signal)
-        rate = learning_rate(training, step, self.total_steps)
+        slices = SliceNorms(self.adapter) if (step + 1) % self.recipe.logging.every == 0 else None
+        rate = learning_rate(training, step, self.total_steps) * self.sweeps.warmup(step)
         clip(gradients, sums.gradient_norm, training.max_grad_norm)
         apply(self.optimizer, sums.finite, rate)
         self.progress.step += 1
         self.progress.finished = self.progress.step >= self.total_steps
-        self._launched.append(_Launched(self.progress.step, epoch, tokens, rate, started, sums))
+        self._launched.append(_Launched(self.progress.step, epoch, tokens, rate, started, sums, slices))
+
+    def _gradient(self, step: int) -> tuple[int, int, PendingSums]:
+        """Leave the gradient of a step's global batch on the cores; return its epoch, target tokens, and sums."""
+        epoch, indices = self.order.global_batch(step)
+        tokens = target_count(self.data.table, indices)
+        loss_sum, length = self._accumulate(indices, tokens, step)
+        gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
+        return epoch, tokens, sum_step(self.world, gradients, loss_sum, length, self.signals.received)
 
     def _settle(self) -> tuple[int, dict[str, Any]]:
         """Wait for the oldest step in work; return which it was and its numbers."""
@@ -179,13 +191,14 @@ class Trainer:
             "ranks": list(self.adapter.spec.ranks),
             "memory_gib": peak_memory_gib(self.world.device),
             "skipped": self.progress.skipped,
+            **({"gradient_norms": done.slices.read()} if done.slices else {}),
         }
 
     def _accumulate(self, indices: Any, tokens: int, step: int) -> tuple[Tensor, int]:
         """Run this rank's micro-batches of a global batch; return its summed loss and the tokens it sent through."""
         self.model.train()
         # Dropout is a pure function of (seed, step, rank), so a resumed run draws the same masks.
-        torch.manual_seed(dropout_seed(self.recipe.seed, step, self.world.rank))
+        torch.manual_seed(derived_seed("dropout", self.recipe.seed, step, self.world.rank))
         loss_sum, length = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
         # Half precision loses gradients below 6e-8: scale them up on their way, and down again in the fp32 cores.
         scale = _HALF_SCALE if self.adapter.compute_dtype == torch.float16 else 1.0
@@ -224,12 +237,35 @@ class Trainer:
     def _is_hopeless(self) -> bool:
         return self.progress.skipped_in_a_row >= self.recipe.training.max_nonfinite_steps
 
+    def _sweep_if_due(self, report: dict[str, Any]) -> None:
+        """Change the ranks where the recipe says so; the report tells what happened."""
+        step = self.progress.step
+        if not self.sweeps.due(step):
+            return
+        result = perform_sweep(
+            self.recipe,
+            self.sweeps.targets[step],
+            self.adapter,
+            moments_of(self.optimizer, self.adapter.cores),
+            self.world,
+            lambda i: self._gradient(step + i)[-1],
+            derived_seed("sweep", self.recipe.seed, step),
+        )
+        self.install(result.cores, result.moments)
+        report["sweep"], report["ranks"] = result.report, result.report["ranks_after"]
+        self.progress.sweeps.append({"step": step, "ranks": report["ranks"]})
+
+    def install(self, cores: Sequence[Tensor], moments: Sequence[Moments]) -> None:
+        """Go on with these cores, whose ranks may be others, and these moments."""
+        self.optimizer = install(self.adapter, cores, moments, self.recipe.training)
+
     def _evaluate_if_due(self, report: dict[str, Any]) -> None:
         """Evaluate where the recipe says so; the report gets the loss (None where it is not finite)."""
         if self._due(self.recipe.training.eval_every) and self.data.validation is not None:
             loss = self.evaluation_loss()
             self._judge(loss)
             report["eval_loss"] = loss if math.isfinite(loss) else None
+            report["spectra"] = spectra(list(self.adapter.cores))
 
     def _save_if_due(self) -> None:
         """Save where the recipe says so, and before a stop: by a signal, or because no step succeeds any more."""
@@ -290,7 +326,9 @@ class Trainer:
         self.world.on_first(write)
 
     def _replicas_due(self) -> bool:
-        return self.progress.step % self.recipe.parallel.check_replicas_every == 0 or self.progress.finished
+        step = self.progress.step
+        regular = step % self.recipe.parallel.check_replicas_every == 0 or self.progress.finished
+        return regular or self.sweeps.due(step)
 
     def _compare_replicas_if_due(self) -> None:
         if self._replicas_due():
@@ -301,44 +339,3 @@ class Trainer:
             }
             remedy = "training on would be meaningless; go on from the last checkpoint and watch that rank's machine"
             check_same(self.world, things, f"found after step {self.progress.step}: {remedy}")
-
-    # ---- signals
-
-    def _catch_signals(self) -> Callable[[], None]:
-        """Let SIGTERM, SIGINT and SIGUSR1 finish the step; a second SIGINT interrupts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-
-        def handler(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-            # Not through the console: a handler may interrupt a half-finished print, and Python refuses to nest them.
-            os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving\n".encode())
-
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
-
-        def restore() -> None:
-            for number, old in before.items():
-                signal.signal(number, old)
-
-        return restore
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Return 32 well-mixed bits of its arguments: torch's CPU generator ignores the upper half of a 64-bit seed."""
-    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:4], "little")
-
-
-def _shown(report: dict[str, Any]) -> dict[str, str]:
-    """Return the numbers a person follows while waiting."""
-    shown = {
-        "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
-        "lr": f"{report['learning_rate']:.2e}",
-        "tok/s": f"{report['tokens_per_second']:.0f}",
-        "ranks": ",".join(map(str, report["ranks"])),
-        "mem": f"{report['memory_gib']:.1f}G",
-    }
-    if "eval_loss" in report:
-        shown["eval"] = "not finite" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}"
-    return shown

@@ -98,6 +98,20 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def shown(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the numbers a person follows while waiting."""
+    shown = {
+        "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
+        "lr": f"{report['learning_rate']:.2e}",
+        "tok/s": f"{report['tokens_per_second']:.0f}",
+        "ranks": ",".join(map(str, report["ranks"])),
+        "mem": f"{report['memory_gib']:.1f}G",
+    }
+    if "eval_loss" in report:
+        shown["eval"] = "not finite" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}"
+    return shown
+
+
 class ProgressBar:
     """A live bar on a terminal; elsewhere one line every `every` steps."""
 

@@ -6,12 +6,16 @@ Every function here depends on its arguments alone, so replicas that call it wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from metatt_scale.adapter import ChainAdapter
 from metatt_scale.recipe import TrainingRecipe
+
+Moments = dict[str, Tensor]
+"""AdamW's state of one core: step, exp_avg, exp_avg_sq; empty before its first step."""
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainingRecipe) -> torch.optim.AdamW:
@@ -27,6 +31,26 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainingRecipe) -
         weight_decay=recipe.weight_decay,
         fused=True,
     )
+
+
+def moments_of(optimizer: torch.optim.Optimizer, cores: Iterable[nn.Parameter]) -> list[Moments]:
+    """Return AdamW's state per core."""
+    return [optimizer.state.get(core, {}) for core in cores]
+
+
+def install(
+    adapter: ChainAdapter, cores: Sequence[Tensor], moments: Sequence[Moments], recipe: TrainingRecipe
+) -> torch.optim.AdamW:
+    """Give an adapter these cores, whose ranks may be others, and return the optimizer that goes on with them."""
+    adapter.set_cores(cores)
+    optimizer = make_optimizer(adapter.cores, recipe)
+    for core, state in zip(adapter.cores, moments, strict=True):
+        if state:
+            # AdamW keeps its step counter on the CPU and the moments beside the parameter.
+            optimizer.state[core] = {
+                name: value if name == "step" else value.to(core.device) for name, value in state.items()
+            }
+    return optimizer
 
 
 def learning_rate(recipe: TrainingRecipe, step: int, total_steps: int) -> float:

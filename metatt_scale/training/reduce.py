@@ -8,7 +8,6 @@ reduced tail and therefore the same on every rank.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from metatt_scale.device import to_device
 from metatt_scale.parallel import World
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that end a run after a whole, saved step; the first that any rank received counts."""
+from metatt_scale.training.signals import SIGNALS
 
 TAIL = 3 + len(SIGNALS)
 """Values behind the gradients: loss, tokens, ranks that were not finite, and one count per signal."""

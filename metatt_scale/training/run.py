@@ -175,7 +175,7 @@ def _resume(trainer: Trainer) -> None:
     if state is None:
         return
     snapshot = Snapshot.from_message(state, tensors)
-    checkpoint.restore(snapshot, trainer.adapter, trainer.optimizer)
+    trainer.install(snapshot.cores, snapshot.moments)
     trainer.progress = snapshot.progress
     trainer.best_cores = [core.to(trainer.world.device) for core in snapshot.best_cores]
 

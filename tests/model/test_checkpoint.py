@@ -51,7 +51,7 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.best_cores, best, strict=True))
 
     other = make_trainer(recipe)
-    checkpoint.restore(loaded, other.adapter, other.optimizer)
+    other.install(loaded.cores, loaded.moments)
     for mine, theirs in zip(trainer.adapter.cores, other.adapter.cores, strict=True):
         state, restored = trainer.optimizer.state[mine], other.optimizer.state[theirs]
         assert state.keys() == restored.keys() == {"step", "exp_avg", "exp_avg_sq"}
@@ -69,7 +69,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     folder = checkpoint.save(tmp_path, taken, recipe, keep=2)
     loaded = checkpoint.load(folder, recipe, trainer.adapter.spec.shapes)
     assert loaded.moments == [{}] * 4 and loaded.best_cores == []
-    checkpoint.restore(loaded, trainer.adapter, trainer.optimizer)
+    trainer.install(loaded.cores, loaded.moments)
     one_step(trainer)
 
 

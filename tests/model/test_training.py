@@ -14,6 +14,7 @@ from metatt_scale.reopen import reopen
 from metatt_scale.training import checkpoint, loop, train
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.optimizer import clip, learning_rate
+from metatt_scale.training.seeds import derived_seed
 from tests.tiny import FLOAT32, FLOAT64, MODELS, randomise, tiny_model
 from tests.toy import CPU, GPT2, LLAMA, make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
 
@@ -315,7 +316,7 @@ def test_dropout_depends_on_seed_step_and_rank():
     draws = set()
     for seed in (0, 1, 2, 2**32, 2**62):
         for step, rank in ((0, 0), (1, 0), (0, 1)):
-            torch.manual_seed(loop.dropout_seed(seed, step, rank))
+            torch.manual_seed(derived_seed("dropout", seed, step, rank))
             draws.add(tuple(torch.rand(4).tolist()))
     assert len(draws) == 15
 

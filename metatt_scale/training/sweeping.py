@@ -1,0 +1,204 @@
+"""One sweep in the course of a run: measure, cut on rank 0, tell everybody.
+
+Nothing that decides a bit is computed on two ranks: the new cores, and moments if they are carried over, come from
+rank 0. Gradients of probes and local steps are sums over all ranks, like those of any step.
+
+Shape legend: P left bond, N mode, Q right bond, K a bond.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metatt_scale.adapter import ChainAdapter, ChainSpec, Target, norm_in_use
+from metatt_scale.parallel import Message, World
+from metatt_scale.recipe import Recipe
+from metatt_scale.recipe.sweep import Rank
+from metatt_scale.tensor import (
+    Cut,
+    Scores,
+    balance,
+    canonicalise,
+    enrich,
+    gauge_change,
+    norm,
+    ranks,
+    subtract,
+    sweep,
+    transport_gradient,
+    transport_variance,
+)
+from metatt_scale.training.local import Gradients, optimise_bonds
+from metatt_scale.training.optimizer import Moments
+
+_DIGITS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep leaves, the same on every rank."""
+
+    cores: list[Tensor]
+    moments: list[Moments]
+    """AdamW's state per core; empty where it starts afresh."""
+    report: dict[str, Any]
+    """What happened, for metrics.jsonl."""
+
+
+def perform_sweep(
+    recipe: Recipe,
+    target: Rank | None,
+    adapter: ChainAdapter,
+    moments: Sequence[Moments],
+    world: World,
+    gradients: Gradients,
+    seed: int,
+) -> SweepResult:
+    """Change the ranks of an adapter's chain. All ranks call this together; the adapter may be left in between.
+
+    Args:
+        recipe: of the run, with a section `sweep`.
+        target: ranks after the sweep; None where the discarded weight decides.
+        adapter: gives its cores, and computes gradients where those are asked for.
+        moments: AdamW's state per core.
+        world: the ranks.
+        gradients: leaves the gradient of the i-th global batch from here on the cores.
+        seed: of new directions.
+    """
+    started = time.perf_counter()
+    old = [core.detach().to("cpu", torch.float64) for core in adapter.cores]
+    old_spec, how = adapter.spec, recipe.sweep
+    assert how is not None
+    caps = (how.max_rank if target is None else target,) * (len(old) - 1) if not isinstance(target, tuple) else target
+    rule = {"max_ranks": caps, "min_rank": how.min_rank, "max_discarded_weight": how.max_discarded_weight}
+    current, cuts = old, None
+    if how.local_steps:
+        current, cuts = optimise_bonds(recipe, caps, adapter, old, world, gradients)
+        rule = {}  # what is left to do is to go back to the left
+    elif how.importance == "sensitivity":
+        current, rule["scores"] = _probe(how.probe_batches, adapter, old, world, gradients)
+
+    def compute() -> Message:
+        swept = sweep(current, canonical=how.form == "canonical", **rule)
+        new = balance(swept.cores) if how.gauge == "balanced" else swept.cores
+        if target is not None:
+            wanted = (target,) * len(swept.cuts) if isinstance(target, int) else target
+            new = enrich(new, wanted, torch.Generator().manual_seed(seed))
+        new32 = [core.float() for core in new]
+        named = {f"core_{k}": core for k, core in enumerate(new32)}
+        if how.moments == "transport":
+            named |= _transported(moments, old, [core.double() for core in new32])
+        report = _report(cuts or swept.cuts, old, new, old_spec, adapter.targets)
+        return report | {"seconds": _short(time.perf_counter() - started)}, named
+
+    report, tensors = world.from_first(compute)
+    indices = range(len(old))
+    return SweepResult(
+        cores=[tensors[f"core_{k}"] for k in indices],
+        moments=[_named(tensors, f"adam_{k}_") for k in indices],
+        report=report,
+    )
+
+
+# ---- sensitivity
+
+
+def _probe(
+    count: int, adapter: ChainAdapter, old: list[Tensor], world: World, gradients: Gradients
+) -> tuple[list[Tensor], Scores]:
+    """Bring the adapter to canonical form and measure gradients on its bonds, with all cores frozen.
+
+    Returns the canonical chain, and what its singular values are worth: the mean over the probes of |s dL/ds|. In a
+    right-canonical chain the part of the tensor that belongs to a right singular vector v is what X = v v^T on the
+    bond leaves of it, so s dL/ds = v^T (dL/dX at X = 1) v (for matrices AdaLoRA, Zhang et al. 2023, has |w dL/dw|).
+    """
+    cores = world.tensors_from_first(lambda: canonicalise(old, 0))
+    adapter.set_cores(cores)
+    bonds: list[list[Tensor]] = [[] for _ in cores[1:]]
+    for i in range(count):
+        finite = gradients(i).read().finite
+        for on_bond, core in zip(bonds, adapter.cores[1:], strict=True):
+            assert core.grad is not None
+            if finite:
+                x_KK = core.grad.flatten(1) @ core.detach().flatten(1).mT
+                on_bond.append(x_KK.to("cpu", torch.float64))
+        adapter.zero_grad(set_to_none=True)
+    if not bonds[0]:
+        raise ValueError(
+            f"sweep.importance: sensitivity found no finite gradient in {count} batches; set sweep.importance: "
+            "magnitude, or lower training.learning_rate"
+        )
+
+    def scores(bond: int, s_K: Tensor, vh_KK: Tensor) -> Tensor:
+        return torch.stack([((vh_KK @ x_KK) * vh_KK).sum(1).abs() for x_KK in bonds[bond]]).mean(0)
+
+    return cores, scores
+
+
+# ---- moments
+
+
+def _transported(moments: Sequence[Moments], old: list[Tensor], new: list[Tensor]) -> dict[str, Tensor]:
+    """Return AdamW's state for the new cores: the counter stays, the averages change their gauge."""
+    if not all(moments):
+        return {}
+    change = gauge_change(old, new)
+    result: dict[str, Tensor] = {}
+    for k, state in enumerate(moments):
+        mean, square = (state[name].to("cpu", torch.float64) for name in ("exp_avg", "exp_avg_sq"))
+        result[f"adam_{k}_step"] = state["step"]
+        result[f"adam_{k}_exp_avg"] = transport_gradient(change, k, mean).float()
+        result[f"adam_{k}_exp_avg_sq"] = transport_variance(change, k, square).float()
+    return result
+
+
+def _named(tensors: Any, prefix: str) -> Moments:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# ---- the account
+
+
+def _report(
+    cuts: Sequence[Cut], old: list[Tensor], new: list[Tensor], spec: ChainSpec, targets: Sequence[Target]
+) -> dict[str, Any]:
+    """Return what happened, errors as parts of the norm before.
+
+    `predicted` is what the discarded singular values say, `measured` the norm of the difference; `used` that of the
+    deltas in use, where modules of other widths leave part of the chain unused.
+    """
+    difference = subtract(new, old)
+    wide = ChainSpec(modes=spec.modes, sizes=spec.sizes, ranks=ranks(difference))
+    size, in_use = float(norm(old)), norm_in_use(spec, old, targets)
+    predicted = sum(cut.discarded_weight for cut in cuts) ** 0.5
+    return {
+        "ranks_before": list(spec.ranks),
+        "ranks_after": list(ranks(new)),
+        "bonds": [
+            {
+                "singular_values": numbers(cut.singular_values),
+                "kept_rank": len(cut.kept),
+                "discarded_weight": _short(cut.discarded_weight),
+            }
+            for cut in cuts
+        ],
+        "norm": _short(size),
+        "predicted_rel_error": _short(predicted / size) if size else 0.0,
+        "measured_rel_error": _short(float(norm(difference)) / size) if size else 0.0,
+        "used_rel_error": _short(norm_in_use(wide, difference, targets) / in_use) if in_use else 0.0,
+    }
+
+
+def numbers(values: Tensor) -> list[float]:
+    """Return the values with the digits that a person or a plot can use."""
+    return [_short(value) for value in values.tolist()]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
