@@ -106,7 +106,13 @@ def metrics(folder: Path) -> list[dict]:
 
 def bits_of(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in metrics(folder)]
+    return [without_clock(line) for line in metrics(folder)]
+
+
+def without_clock(line: dict) -> dict:
+    """The values of a line, and of a sweep in it, that do not depend on the clock."""
+    kept = {key: value for key, value in line.items() if key not in TIMING}
+    return {key: without_clock(value) if key == "sweep" else value for key, value in kept.items()}
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -295,7 +295,7 @@ class Recipe(Section):
         return self
 
     def _check_sweep(self, sweep: SweepRecipe) -> None:
-        for point in sweep.schedule:
-            check_ranks(point.rank, self.adapter.kind)
+        for i, point in enumerate(sweep.schedule):
+            check_ranks(point.rank, self.adapter.kind, f"sweep.schedule[{i}].rank")
         if sweep.formula is not None and not isinstance(self.adapter.rank, int):
             raise ValueError("`sweep.formula` starts from one rank for all bonds; give `adapter.rank` as one number")

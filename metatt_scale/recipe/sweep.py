@@ -105,7 +105,7 @@ class SweepRecipe(Section):
         return self
 
 
-def check_ranks(rank: Rank, kind: str | None = None) -> None:
+def check_ranks(rank: Rank, kind: str | None = None, key: str = "rank") -> None:
     """Refuse ranks out of range, and where the kind of chain is known, too few or too many.
 
     Raises:
@@ -113,9 +113,9 @@ def check_ranks(rank: Rank, kind: str | None = None) -> None:
     """
     each = rank if isinstance(rank, tuple) else (rank,)
     if not each or min(each) < 1 or max(each) > 8192:
-        raise ValueError("`rank` must be at least 1 and at most 8192; give one number, or one per inner bond")
+        raise ValueError(f"`{key}` must be at least 1 and at most 8192; give one number, or one per inner bond")
     if kind is not None and isinstance(rank, tuple) and len(rank) != (bonds := INNER_BONDS[kind]):
         raise ValueError(
-            f"`rank` has {len(rank)} entries but {kind} has {bonds} inner bonds; give {bonds} ranks, or one number "
+            f"`{key}` has {len(rank)} entries but {kind} has {bonds} inner bonds; give {bonds} ranks, or one number "
             "for all bonds"
         )

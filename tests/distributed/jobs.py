@@ -28,11 +28,14 @@ _LAUNCHER_SIGNS = re.compile(r"(ACCELERATE|FSDP|CROSS|TORCHELASTIC|MASTER)_|(LOC
 
 
 def write_recipe(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
-    """Write a recipe of 12 steps that runs into `folder/name`; all runs of a folder share data and model."""
+    """Write a recipe of 12 steps with a sweep, that runs into `folder/name`; a folder's runs share data and model."""
     if not (folder / "data.jsonl").exists():
         write_toy(folder, n=80)
     training = {"max_steps": STEPS, "save_every": 4, "eval_every": 6, "micro_batch_size": 4, "resume": "exact"}
     sections["training"] = training | sections.get("training", {})
+    # Behind the checkpoint of step 4 and, for most jobs, before the end: ranks change in every job.
+    sweep = {"unit": "step", "schedule": [{"after": 5, "rank": 3}], "moments": "transport"}
+    sections.setdefault("sweep", sweep)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(toy(folder, output_dir=str(folder / name), **sections)))
     return path

@@ -18,6 +18,7 @@ MOMENTS = {
     "step": "in the forward of step 6",
     "all-reduce": "in the all-reduce of step 6",
     "broadcast": "in a broadcast of rank 0",
+    "sweep": "in the broadcast of a sweep",
     "checkpoint": "while step 8 is being saved",
 }
 

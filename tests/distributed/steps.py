@@ -1,4 +1,4 @@
-"""Twenty optimizer steps of one recipe on 1, 2 and 4 ranks under every engine, beside one process.
+"""Twenty optimizer steps and two sweeps of one recipe on 1, 2 and 4 ranks under every engine, beside one process.
 
 `python -m tests.distributed.steps` prints the loss curves of `replicate`, and for every job the largest difference of
 its loss to one process at any step. The yardstick is the spread: one process again, with other micro-batch sizes, so
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metatt_scale.backbone import byte_tokenizer
+from metatt_scale.cli import leave
 from metatt_scale.data import prepare
 from metatt_scale.parallel import World, join, read_launch
 from metatt_scale.recipe import Recipe
@@ -26,6 +26,7 @@ from tests.distributed.jobs import ROOT, finish, torchrun
 from tests.toy import CPU, one_step, toy_recipe, write_toy
 
 STEPS = 20
+SWEEPS = {"unit": "step", "schedule": [{"after": 8, "rank": 3}, {"after": 14, "rank": 2}], "moments": "transport"}
 BATCH = 16
 ONE_PROCESS = {f"replicate, micro-batches of {size}": ({}, size) for size in (8, 4, 2, 1)}
 ENGINES: dict[str, tuple[dict[str, Any], int | None]] = {
@@ -46,7 +47,7 @@ JOBS = {1: {**ENGINES, **ONE_PROCESS}, 2: {**ENGINES, **FILES}, 4: {**ENGINES, *
 def recipe_for(folder: Path, parallel: Mapping[str, Any], micro: int) -> Recipe:
     """The toy recipe of one job."""
     training = {"batch_size": BATCH, "micro_batch_size": micro, "max_steps": STEPS, "learning_rate": 5e-3}
-    return toy_recipe(folder, parallel=dict(parallel), training=training)
+    return toy_recipe(folder, parallel=dict(parallel), training=training, sweep=SWEEPS)
 
 
 def own_nvme(folder: Path, parallel: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,14 @@ def losses(folder: Path, world: World, parallel: dict[str, Any], micro: int | No
     """What one rank does for one job: the loss of every step."""
     recipe = recipe_for(folder, own_nvme(folder, parallel), micro or BATCH // world.size)
     trainer = make_trainer(recipe, world, read_launch(recipe.parallel))
-    return [one_step(trainer)["loss"] for _ in range(STEPS)]
+    found = []
+    for _ in range(STEPS):
+        report = one_step(trainer)
+        found.append(report["loss"])
+        trainer._sweep_if_due(report)
+        trainer._compare_replicas_if_due()  # by hash, also after a sweep
+    assert trainer.adapter.spec.ranks == (2, 2, 2)
+    return found
 
 
 def work(folder: Path, names: list[str]) -> None:
@@ -131,4 +139,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

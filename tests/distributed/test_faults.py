@@ -1,6 +1,6 @@
 """A rank that dies, fails, hangs or is told to stop: what becomes of the others, and of the run.
 
-`python -m tests.distributed.kill_matrix` prints all kills with their times; here are three that differ in kind.
+`python -m tests.distributed.kill_matrix` prints all kills with their times; here are four that differ in kind.
 """
 
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "moment, rank, resumed", [("all-reduce", 0, 4), ("broadcast", 1, 8), ("checkpoint", 0, 4)], ids=str
+    "moment, rank, resumed", [("all-reduce", 0, 4), ("broadcast", 1, 8), ("checkpoint", 0, 4), ("sweep", 0, 4)]
 )
 def test_a_killed_rank_takes_the_job_down_and_the_restart_changes_no_bit(undisturbed, moment, rank, resumed):
     folder, expected = undisturbed

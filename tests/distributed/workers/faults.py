@@ -100,9 +100,9 @@ def plant() -> None:
     elif KIND == "all-reduce":
         on_call(world.World, "sum", STEP, die_later, is_gradient)
     elif KIND == "broadcast":  # what follows the header, when rank 0 has saved step 8
-        on_call(
-            loop.Trainer, "_save", 1, lambda: on_call(world.dist, "broadcast", 1, die_later, is_payload), at_step_8
-        )
+        on_call(loop.Trainer, "_save", 1, die_at_payload, at_step_8)
+    elif KIND == "sweep":  # the same for the new cores
+        on_call(loop, "perform_sweep", 1, die_at_payload, lambda *_: True)
     elif KIND == "checkpoint" and RANK == 0:  # everything but the marker is written
         on_call(checkpoint, "write_json", 1, die, is_marker)
     elif KIND == "checkpoint":  # rank 0 writes, this one waits for it
