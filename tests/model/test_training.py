@@ -350,8 +350,12 @@ def test_metrics_have_their_keys(tmp_path):
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 3, 4, 6], "every second step, and those with an evaluation"
     keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "ranks"}
-    assert all(line.keys() - {"eval_loss"} == keys | {"memory_gib", "skipped"} for line in lines)
-    assert [("eval_loss" in line) for line in lines] == [False, True, False, True]
+    sometimes = {"eval_loss", "spectra", "gradient_norms"}
+    assert all(line.keys() - sometimes == keys | {"memory_gib", "skipped"} for line in lines)
+    assert [("eval_loss" in line, "spectra" in line) for line in lines] == [(False, False), (True, True)] * 2
+    assert [("gradient_norms" in line) for line in lines] == [True, False, True, True]
+    sizes = {mode: len(norms) for mode, norms in lines[-1]["gradient_norms"].items()}
+    assert sizes == {"input": 1, "layer": 3, "projection": 2, "output": 1} and len(lines[-1]["spectra"]) == 3
     assert all(line["ranks"] == [4, 4, 4] and line["memory_gib"] > 0 for line in lines)
     assert [line["epoch"] for line in lines] == [0, 0, 0, 1]
 
