@@ -36,7 +36,7 @@ def _keys(problem: Any) -> tuple[str, ...]:
 
 
 def _is_union_tag(part: str) -> bool:
-    return part in ("int", "str", "float") or part.startswith(("literal[", "tuple[", "constrained-"))
+    return part in ("int", "str", "float", "[key]") or part.startswith(("literal[", "tuple[", "constrained-"))
 
 
 def _explain(keys: tuple[str, ...], problems: list[Any], schema: type[BaseModel]) -> str:
@@ -80,6 +80,8 @@ def _rule(problem: Any) -> str:
             return f"it must be less than {bounds['lt']:g}"
         case "string_too_short" | "too_short":
             return "it must not be empty"
+        case "string_pattern_mismatch":
+            return f"it must match {bounds['pattern']}"
         case "too_long":
             return f"it must have {bounds['max_length']} entries"
         case _:
