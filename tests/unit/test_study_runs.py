@@ -177,12 +177,19 @@ def test_a_signal_stops_the_runs_and_starts_no_more(tmp_path, monkeypatch, capfd
 def test_a_second_signal_kills_what_does_not_stop(tmp_path, monkeypatch):
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
     path = write_study(tmp_path, monkeypatch, arms={"deaf": []}, seeds=[1])
-    timers = [later(s, lambda: os.kill(os.getpid(), signal.SIGTERM)) for s in (1.5, 2.0)]
-    started = time.monotonic()
+    log = tmp_path / "runs" / "studies" / "toy" / "deaf" / "seed-1" / "log.txt"
+
+    def twice():
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    timer, started = later(0.1, twice), time.monotonic()
     assert study(path, lambda opened, run: [(sys.executable, "-c", deaf)])[0] == 143
-    assert time.monotonic() - started < 30
-    for timer in timers:
-        timer.join()
+    assert time.monotonic() - started < 50
+    timer.join()
 
 
 def test_two_invocations_do_not_meet(tmp_path, monkeypatch):
