@@ -122,7 +122,7 @@ def package_version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the working tree this toolkit runs from, with "-dirty" if tracked files differ."""
+    """Return the commit of the working tree this toolkit runs from, with "-dirty" if tracked code differs."""
     root = Path(metatt_scale.__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -133,7 +133,8 @@ def git_commit() -> str | None:
         # An installed copy may lie inside somebody else's repository, whose commit would be a false statement.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        # What studies append to is no code; their own results would make every later one of theirs dirty.
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":!studies/results")
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,6 +1,6 @@
 """What the user asks for: schema, YAML, overrides, errors. Imports no torch."""
 
-from metatt_scale.recipe.load import RecipeError, dump_recipe, load_recipe, validate
+from metatt_scale.recipe.load import RecipeError, check, dump_recipe, load_recipe, read_mapping, validate
 from metatt_scale.recipe.schema import (
     AdapterRecipe,
     BackboneRecipe,
@@ -26,7 +26,9 @@ __all__ = [
     "RecipeError",
     "SweepRecipe",
     "TrainingRecipe",
+    "check",
     "dump_recipe",
     "load_recipe",
+    "read_mapping",
     "validate",
 ]

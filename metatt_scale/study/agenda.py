@@ -1,0 +1,78 @@
+"""What is left of a study: a function of its file and its results, worked out again whenever a run is finished."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass
+
+from metatt_scale.study.results import Line, Results
+from metatt_scale.study.runs import OpenStudy, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agenda:
+    """The runs that are left, and what was chosen so far."""
+
+    left: tuple[Run, ...]
+    """Runs that can start now: trials first, then seed by seed, so that all arms grow alike."""
+    later: int
+    """Reported runs that wait for a choice."""
+    chosen: dict[str, Line]
+    """Per arm with all its trials: the line of results that records the choice."""
+    finished: dict[str, tuple[Line, ...]]
+    """Reported results of every arm, in the order of its seeds."""
+
+
+def agenda_of(opened: OpenStudy, results: Results) -> Agenda:
+    """Compare what a study wants with what its results hold.
+
+    Raises:
+        ValueError: a result was made by another definition of its run.
+    """
+    study, left, later = opened.study, [], 0
+    chosen: dict[str, Line] = {}
+    finished: dict[str, tuple[Line, ...]] = {}
+    for arm in opened.arms:
+        if study.choose:
+            trials = [
+                opened.trial(arm, tried, seed)
+                for tried, seed in itertools.product(opened.candidates, study.choose.seeds)
+            ]
+            if missing := [run for run in trials if not results.has(run, opened.numbers(run))]:
+                left += missing
+                later += len(study.seeds)
+                finished[arm] = ()
+                continue
+            chosen[arm] = _choose(opened, arm, [line for run in trials if (line := results.of(run))])
+        runs = [opened.reported(arm, chosen[arm]["chosen"] if study.choose else None, seed) for seed in study.seeds]
+        done = [run for run in runs if results.has(run, opened.numbers(run))]
+        left += [run for run in runs if run not in done]
+        finished[arm] = tuple(line for run in done if (line := results.of(run)))
+    left.sort(key=lambda run: (run.tried is None, study.seeds.index(run.seed) if run.tried is None else 0))
+    return Agenda(left=tuple(left), later=later, chosen=chosen, finished=finished)
+
+
+def unused(opened: OpenStudy, results: Results) -> int:
+    """Return how many results belong to arms, seeds or values that the study file no longer has."""
+    choose = opened.study.choose
+    known = [(arm, seed, None) for arm in opened.arms for seed in opened.study.seeds]
+    trials = itertools.product(opened.arms, choose.seeds if choose else (), opened.candidates)
+    return results.unused([*known, *trials])
+
+
+def _choose(opened: OpenStudy, arm: str, trials: list[Line]) -> Line:
+    """Return the choice that an arm's trials lead to; of equal ones the first."""
+    choose = opened.study.choose
+    assert choose is not None
+    means: dict[str, float | None] = {}
+    for tried in opened.candidates:
+        values = [line["scores"][choose.by]["last"] for line in trials if line["tried"] == tried]
+        means[tried] = None if None in values else statistics.fmean(values)
+    finite = {tried: mean for tried, mean in means.items() if mean is not None}
+    if not finite:
+        raise ValueError(
+            f"arm {arm}: {choose.by} was not finite in any trial of {choose.key}; try other values in `choose.values`"
+        )
+    best = (max if opened.study.score.prefers_more(choose.by) else min)(finite, key=lambda tried: finite[tried])
+    return {"arm": arm, "chosen": best, "by": choose.by, "means": means}

@@ -1,0 +1,77 @@
+"""From the files of a finished run to its line of results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metatt_scale.recipe import validate
+from metatt_scale.study.runs import OpenStudy, Run, digest_of
+from metatt_scale.study.schema import Score
+
+
+def is_trained(run: Run) -> bool:
+    """Return whether a run has its adapter, made by this very definition and seed."""
+    try:
+        recipe = validate(_description(run)["recipe"], str(run.folder))
+    except (OSError, ValueError, KeyError):
+        return False  # training itself refuses what it cannot go on with
+    return digest_of(recipe) == run.digest and recipe.seed == run.seed
+
+
+def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of a run that has ended well.
+
+    Raises:
+        OSError: a file of the run is missing.
+        ValueError: the files do not hold what the study reports, or were made by another definition.
+    """
+    description = _description(run)
+    if not is_trained(run):
+        raise ValueError(f"{run.folder} was trained with other settings: the recipe changed while the study ran")
+    metrics, score = run.folder / "metrics.jsonl", opened.study.score
+    scores = {**_evaluations(metrics, score), **_task_scores(run.folder / "results.json", opened.tasks(run))}
+    if missing := [name for name in opened.numbers(run) if name not in scores]:
+        raise ValueError(
+            f"{metrics} has no {', '.join(missing)}; it has {', '.join(scores) or 'no evaluations'}. Name one of "
+            "these in the study file, or give the recipe validation records"
+        )
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "tried": run.tried,
+        "digest": run.digest,
+        "overrides": list(run.overrides),
+        "scores": scores,
+        "seconds": round(seconds, 1),
+        "trainable_parameters": description["trainable_parameters"],
+        "ranks": description["ranks"],
+        **machine,
+    }
+
+
+def _description(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder / "adapter" / "metatt.json").read_text(encoding="utf-8"))
+
+
+def _evaluations(metrics: Path, score: Score) -> dict[str, Any]:
+    """Return every number of the evaluations: the last, the best, and one by one."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    names = dict.fromkeys(key for line in lines for key in line if key.startswith("eval_") or key in score.metrics)
+    found: dict[str, Any] = {}
+    for name in names:
+        values = [line[name] for line in lines if name in line]
+        finite = [value for value in values if value is not None]
+        best = (max if score.prefers_more(name) else min)(finite) if finite else None
+        found[name] = {"last": values[-1], "best": best, "per_epoch": values}
+    return found
+
+
+def _task_scores(results: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return the scores that `evaluate` has left, each by the metric that its task is usually reported by."""
+    if not tasks:
+        return {}
+    scores = json.loads(results.read_text(encoding="utf-8"))["scores"]["fine_tuned"]
+    return {task: {"last": scores[task][scores[task]["metric"]], "best": None, "per_epoch": []} for task in tasks}

@@ -1,0 +1,109 @@
+"""The results file of a study: one JSON object a line, appended when a run is finished, kept in git."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from metatt_scale.files import fsync_folder, naming, write_text
+from metatt_scale.study.runs import Run
+
+Line = dict[str, Any]
+Key = tuple[str, int, str | None]
+
+
+class Results:
+    """What is known of a study: its finished runs and the choices made from them."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file where there is one.
+
+        Raises:
+            ValueError: a line other than the last is not one of ours.
+        """
+        self.path = path
+        self.cut_short: str | None = None
+        """What stands after the last whole line: a crash cut it short."""
+        self._runs: dict[Key, Line] = {}
+        self._choices: dict[str, Line] = {}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text.splitlines()
+        self._whole: list[str] = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines) and not text.endswith("\n"):
+                    self.cut_short = line
+                    break
+                raise ValueError(
+                    f"{path}, line {number}: not a line of results ({error!r}); mend it, or take the file from git"
+                ) from None
+            self._whole.append(line)
+        self._must_repair = bool(text) and not text.endswith("\n")
+
+    def of(self, run: Run) -> Line | None:
+        """Return the line of a finished run.
+
+        Raises:
+            ValueError: the line was made by another definition of the run.
+        """
+        line = self._runs.get(run.key)
+        if line is not None and line["digest"] != run.digest:
+            raise ValueError(
+                f"{self.path} holds a result of {run.label} that was made with other settings: its overrides were "
+                f"{_shown(line['overrides'])}, now they are {_shown(run.overrides)}, or the recipe has changed. Give "
+                "the arm or the study another name, or remove the lines of this arm, and its runs in "
+                f"{run.folder.parent}"
+            )
+        return line
+
+    def has(self, run: Run, names: Iterable[str]) -> bool:
+        """Return whether a run is finished and all of the named numbers are known."""
+        line = self.of(run)
+        return line is not None and set(names) <= line["scores"].keys()
+
+    def choice(self, arm: str) -> Line | None:
+        """Return the recorded choice of an arm."""
+        return self._choices.get(arm)
+
+    def unused(self, known: Iterable[Key]) -> int:
+        """Return how many finished runs are none of the known ones."""
+        return len(self._runs.keys() - set(known))
+
+    @property
+    def seconds(self) -> list[float]:
+        """How long each finished run took."""
+        return [line["seconds"] for line in self._runs.values()]
+
+    def append(self, line: Line) -> None:
+        """Add a line and make it durable."""
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        if self._must_repair:
+            write_text(self.path, "".join(f"{whole}\n" for whole in self._whole))
+            self._must_repair = False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_folder(self.path.parent)
+        self._take(line)
+
+    def _take(self, line: Line) -> None:
+        if "chosen" in line:
+            self._choices[line["arm"]] = line
+            return
+        for key, kind in (("digest", str), ("overrides", list), ("scores", dict), ("seconds", (int, float))):
+            if not isinstance(line[key], kind):
+                raise TypeError(f"`{key}` is {line[key]!r}")
+        self._runs[line["arm"], line["seed"], line["tried"]] = line
+
+
+def _shown(overrides: Iterable[str]) -> str:
+    return " ".join(overrides) or "(none)"

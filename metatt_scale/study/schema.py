@@ -1,0 +1,102 @@
+"""What a study file may ask for: frozen models with one docstring per key, as in a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Choose(_Section):
+    """How every arm gets its own value of one key, on records that are not reported."""
+
+    key: str = Field(min_length=1)
+    """Dotted key of the recipe, for example training.learning_rate."""
+    values: tuple[JsonValue, ...] = Field(min_length=1)
+    """Values that are tried."""
+    seeds: Seeds
+    """Seeds of the trials of each value."""
+    overrides: tuple[str, ...] = ()
+    """Overrides of the trials, after the arm's: they say on which records the trials are scored."""
+    by: str = Field(min_length=1)
+    """Key of metrics.jsonl that decides: the value with the best mean over the seeds of its last evaluation."""
+
+
+class Score(_Section):
+    """The numbers that are reported."""
+
+    metrics: tuple[str, ...] = ()
+    """Keys of the evaluations in metrics.jsonl, for example eval_loss."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that `metatt-scale evaluate` scores after training."""
+    higher_is_better: dict[str, bool] = {}
+    """Which way a number is good, where its name does not say so: of names that end in loss less is better, of all
+    others more."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All numbers, in the order of the table."""
+        return (*self.metrics, *self.tasks)
+
+    def prefers_more(self, name: str) -> bool:
+        """Return whether more of a number is better."""
+        return self.higher_is_better.get(name, not name.endswith("loss"))
+
+    @model_validator(mode="after")
+    def _check(self) -> Score:
+        if not self.names:
+            raise ValueError("neither `metrics` nor `tasks` names a number to report; give at least one")
+        if twice := _twice(self.names):
+            raise ValueError(f"{twice} is named twice; keep one of them")
+        return self
+
+
+class Study(_Section):
+    """Arms x seeds over one recipe."""
+
+    name: str = Field(default="", pattern=r"^([A-Za-z0-9][\w.-]*)?$")
+    """Name of the results; that of the study file when absent."""
+    recipe: str = Field(min_length=1)
+    """Recipe that all runs start from, relative to the study file."""
+    base: tuple[str, ...] = ()
+    """Overrides of every run (dotted.key=value, as on the command line)."""
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], tuple[str, ...]] = {}
+    """Overrides of each arm by its name: a letter or digit, then letters, digits and _ . + -"""
+    grid: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = {}
+    """Values by dotted key; every arm is run at every combination, and named after it."""
+    seeds: Seeds
+    """Seeds of the reported runs of each arm."""
+    choose: Choose | None = None
+    """Choose the value of one key for each arm before its reported runs."""
+    score: Score
+    """What is reported."""
+    compare: tuple[tuple[str, str], ...] = ()
+    """Pairs of arms whose difference is tested over their common seeds."""
+    jobs: int = Field(default=1, ge=1, le=64)
+    """Runs at a time; they share the machine's memory."""
+    runs_dir: str = ""
+    """Folder of the run directories; runs/studies/NAME when absent."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        if not self.arms and not self.grid:
+            raise ValueError("neither `arms` nor `grid` is given; name at least one arm, for example `rank4: [...]`")
+        for name, seeds in (("seeds", self.seeds), ("choose.seeds", self.choose.seeds if self.choose else ())):
+            if twice := _twice(seeds):
+                raise ValueError(f"`{name}` holds {twice} twice; every seed is one run, keep one of them")
+        if self.choose and self.choose.by in self.score.tasks:
+            raise ValueError(
+                f"`choose.by` is {self.choose.by}, a task that is reported; choose by a key of metrics.jsonl"
+            )
+        return self
+
+
+def _twice(values: tuple[object, ...]) -> object | None:
+    """Return a value that occurs twice, or None."""
+    return next((value for k, value in enumerate(values) if value in values[:k]), None)

@@ -1,0 +1,92 @@
+"""The results file: appended, durable, and mended where a crash cut it short."""
+
+import json
+
+import pytest
+
+from metatt_scale.study.agenda import agenda_of, unused
+from metatt_scale.study.results import Results
+from metatt_scale.study.runs import open_study
+from tests.studies import lines_of, study, write_study
+
+
+def line(run, **more):
+    scores = {"eval_accuracy": {"last": 0.5, "best": 0.5, "per_epoch": [0.5]}}
+    known = {"arm": run.arm, "seed": run.seed, "tried": run.tried, "digest": run.digest}
+    return {**known, "overrides": list(run.overrides), "scores": scores, "seconds": 1.0, **more}
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    return open_study(write_study(tmp_path, monkeypatch))
+
+
+def test_what_is_appended_is_read_again(opened):
+    results, run = Results(opened.results), opened.reported("rank2", None, 1)
+    results.append(line(run))
+    for known in (results, Results(opened.results)):
+        assert known.of(run) == line(run) and known.has(run, ["eval_accuracy"]) and not known.has(run, ["eval_f1"])
+        assert known.of(opened.reported("rank2", None, 2)) is None
+    left = agenda_of(opened, results).left
+    assert [(run.arm, run.seed) for run in left] == [("rank4", 1), *((a, s) for s in (2, 3) for a in opened.arms)]
+
+
+@pytest.mark.parametrize("end", ['{"arm": "rank2", "se', '{"arm": "rank2", "seed": 2}', "\u00e4"])
+def test_a_last_line_cut_short_is_dropped_and_the_rest_kept(opened, end):
+    runs = [opened.reported("rank2", None, seed) for seed in (1, 2)]
+    Results(opened.results).append(line(runs[0]))
+    with opened.results.open("a") as file:
+        file.write(end)
+    before = opened.results.read_bytes()
+    results = Results(opened.results)
+    assert results.cut_short == end and results.of(runs[1]) is None and opened.results.read_bytes() == before
+    results.append(line(runs[1]))
+    assert [json.loads(text)["seed"] for text in opened.results.read_text().splitlines()] == [1, 2]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(opened):
+    runs = [opened.reported("rank2", None, seed) for seed in (1, 2)]
+    opened.results.parent.mkdir()
+    opened.results.write_text(json.dumps(line(runs[0])))
+    results = Results(opened.results)
+    results.append(line(runs[1]))
+    assert results.cut_short is None and len(opened.results.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"arm": "a"}', '{"arm": "a", "digest": 3}'])
+def test_a_broken_line_inside_is_told_with_its_number(opened, bad):
+    opened.results.parent.mkdir()
+    opened.results.write_text(f"{json.dumps(line(opened.reported('rank2', None, 1)))}\n{bad}\n")
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 2: not a line of results .*; mend it, or take the file"):
+        Results(opened.results)
+
+
+def test_a_result_of_another_definition_is_refused(opened):
+    run = opened.reported("rank2", None, 1)
+    Results(opened.results).append(line(run, digest="other", overrides=["adapter.rank=3"]))
+    with pytest.raises(ValueError, match=r"rank2, seed 1 .* were adapter\.rank=3, now they are adapter\.rank=2, or"):
+        agenda_of(opened, Results(opened.results))
+
+
+def test_results_that_the_study_no_longer_has_are_counted(opened, monkeypatch, tmp_path):
+    results = Results(opened.results)
+    for seed in (1, 2):
+        results.append(line(opened.reported("rank4", None, seed)))
+    smaller = open_study(write_study(tmp_path, monkeypatch, seeds=[2, 3]))
+    assert unused(smaller, results) == 1 and unused(opened, results) == 0
+
+
+def test_the_recipe_belongs_to_the_definition(tmp_path, monkeypatch):
+    """Its comments and its folders do not."""
+    path = write_study(tmp_path, monkeypatch, seeds=[1])
+    assert study(path)[0] == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# words\n" + recipe.read_text().replace("unused", "elsewhere"))
+    from metatt_scale.study.runs import resolve
+
+    resolve.cache_clear()
+    assert study(path)[0] == 0 and len(lines_of(path)) == 2
+    recipe.write_text(recipe.read_text().replace("0.002", "0.003"))
+    resolve.cache_clear()
+    with pytest.raises(ValueError, match=r"or the recipe has changed\. Give the arm or the study another name"):
+        study(path)

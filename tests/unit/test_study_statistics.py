@@ -1,0 +1,39 @@
+"""Means, intervals and paired tests against numbers worked out by hand."""
+
+import math
+
+import pytest
+
+from metatt_scale.study.statistics import difference, mean_of
+
+
+def test_the_mean_of_five_seeds():
+    """1..5: variance 2.5, standard error sqrt(2.5 / 5), t(0.975, 4) = 2.776445 from a printed table."""
+    mean = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean.n, mean.mean) == (5, 3.0)
+    assert mean.stderr == pytest.approx(math.sqrt(0.5), rel=1e-12)
+    assert mean.half_width == pytest.approx(2.776445 * math.sqrt(0.5), rel=1e-6)
+
+
+def test_one_seed_has_a_mean_only():
+    mean = mean_of([0.5])
+    assert mean.mean == 0.5 and math.isnan(mean.stderr) and math.isnan(mean.half_width)
+
+
+def test_what_is_not_finite_stays_so():
+    assert math.isnan(mean_of([0.5, math.nan]).mean)
+
+
+def test_a_paired_test_over_three_seeds():
+    """Gains 1, 2, 3: t = 2 / (1 / sqrt(3)) = 2 sqrt(3); for 2 degrees of freedom p = 1 - t / sqrt(t^2 + 2)."""
+    gain = difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    t = 2 * math.sqrt(3)
+    assert gain.over_seeds.mean == 2.0 and gain.over_seeds.stderr == pytest.approx(1 / math.sqrt(3), rel=1e-12)
+    assert gain.over_seeds.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert gain.p == pytest.approx(1 - t / math.sqrt(t * t + 2), rel=1e-9)
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0], [0.021, 0.022, 0.023], [1.0, math.nan, 3.0]])
+def test_there_is_no_p_value_without_a_spread(values):
+    """Also where the gains differ by rounding only."""
+    assert math.isnan(difference([value + 0.02 for value in values], values).p)
