@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, export, plan, generate, benchmark, quickstart.
+"""The command line: train, evaluate, export, plan, generate, benchmark, report, quickstart.
 
 Anything the user can mend is one message on stderr and exit code 2; a run stopped by a signal exits with 128 plus
 the signal's number. METATT_DEBUG=1 shows the traceback behind a message. Libraries are imported by the command
@@ -28,6 +28,7 @@ from metatt_scale.benchmark.settings import add_arguments as add_benchmark_argum
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe
+from metatt_scale.report.command import add_command as add_report
 
 _GIVE_WAY_SECONDS = 10.0
 
@@ -190,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add_benchmark_arguments(benchmark)
     benchmark.set_defaults(run=_benchmark)
 
+    add_report(commands)
     quickstart = commands.add_parser("quickstart", help="the README's first example, from nothing to exports")
     _add_recipe(quickstart)
     quickstart.set_defaults(run=_quickstart)
