@@ -21,7 +21,7 @@ _SMALLEST = 1e-30  # nothing smaller is drawn on a logarithmic axis: a chain tha
 def spectra(group: Group, theme: Theme) -> Figure:
     """Draw the singular values of every bond, a line per index."""
     bonds = group.spectra()
-    columns = min(3, len(bonds))
+    columns = 2 if len(bonds) == 4 else min(3, len(bonds))
     rows = -(-len(bonds) // columns)
     figure = Figure(figsize=(WIDTH, 2.8 * rows + 0.2))
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel().tolist()

@@ -44,14 +44,14 @@ def run(options: Namespace) -> int:
 
     groups = make_groups(read_runs(options.runs), options.label)
     _check_matplotlib()
-    from metatt_scale.report.page import page
+    from metatt_scale.report.page import count, page
     from metatt_scale.report.pictures import pictures
 
     console = Console(markup=False)
     with console.status("drawing"):
         drawn = pictures(groups)
     _write(folder, page(groups, drawn), drawn)
-    console.print(f"report of {len(groups)} groups: {folder / _PAGE}", highlight=False, soft_wrap=True)
+    console.print(f"report of {count(len(groups), 'group')}: {folder / _PAGE}", highlight=False, soft_wrap=True)
     return 0
 
 

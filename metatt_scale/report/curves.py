@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from metatt_scale.report.groups import Curve, Group, span
-from metatt_scale.report.scores import label, score_keys
+from metatt_scale.report.scores import is_loss, label, score_keys
 from metatt_scale.report.theme import Theme, grid, legend
 
 _MOST_POINTS = 150  # of a curve with a value at every logged step; more would be a band of noise
@@ -29,22 +30,23 @@ def scores(groups: Sequence[Group], theme: Theme) -> Figure:
                 continue
             _plot(axes, curve, theme.style(index), marked=key != "loss")
             if key != "loss" or len(keys) == 1:
-                _point_at_changes(axes, group, curve, theme.style(index)["color"], above=index % 2 == 0)
+                _point_at_changes(axes, group, curve, theme, index, above=is_loss(key))
         _finish(axes, groups, label(key))
     legend(figure, theme, [group.name for group in groups])
     return figure
 
 
 def ranks(groups: Sequence[Group], theme: Theme) -> Figure:
-    """Draw the rank of every bond over time."""
+    """Draw the rank of every bond over time, in one panel where the bonds of every chain have the same."""
     curves = [group.rank_curves() for group in groups]
-    figure, panels = grid(max(map(len, curves)), row_height=2.3)
+    same = all(np.array_equal(bonds[0].mean, curve.mean, equal_nan=True) for bonds in curves for curve in bonds)
+    figure, panels = grid(1 if same else max(map(len, curves)), row_height=2.3)
     for bond, axes in enumerate(panels):
         for index, bonds in enumerate(curves):
             if bond < len(bonds):
                 _plot(axes, bonds[bond], theme.style(index), marked=False, drawstyle="steps-post")
-        _finish(axes, groups, f"rank of bond {bond + 1}")
-        axes.set_ylim(bottom=0)
+        _finish(axes, groups, "rank of every bond" if same else f"rank of bond {bond + 1}")
+        _start_at_zero(axes)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     legend(figure, theme, [group.name for group in groups])
     return figure
@@ -60,7 +62,7 @@ def speed(groups: Sequence[Group], theme: Theme) -> Figure:
             if curve is not None:
                 _plot(axes, curve, theme.style(index), marked=False)
         _finish(axes, groups, title)
-        axes.set_ylim(bottom=0)
+        _start_at_zero(axes)
     legend(figure, theme, [group.name for group in groups])
     return figure
 
@@ -76,15 +78,16 @@ def _plot(axes: Axes, curve: Curve, style: dict[str, Any], *, marked: bool, **ho
         axes.fill_between(curve.x, low, high, color=style["color"], alpha=0.2, linewidth=0, step=step)
 
 
-def _point_at_changes(axes: Axes, group: Group, curve: Curve, colour: str, *, above: bool) -> None:
-    """Let arrows show where a group's ranks change, and to what."""
-    changes = group.rank_changes()
+def _point_at_changes(axes: Axes, group: Group, curve: Curve, theme: Theme, index: int, *, above: bool) -> None:
+    """Let arrows show where a group's ranks change, and to what, from the side to which the curve jumps then."""
+    changes, colour = group.rank_changes(), theme.style(index)["color"]
+    away = 24 + 14 * (index % 3)  # groups that change together have their labels above one another
     for place, (x, found) in enumerate(changes.items()):
         told = len(changes) <= _MOST_ARROWS or place == len(changes) - 1
-        axes.annotate(
+        note = axes.annotate(
             f"r = {span(found)}" if told else "",
             (x, float(np.interp(x, curve.x, curve.mean))),
-            xytext=(0, 26 if above else -26),
+            xytext=(0, away if above else -away),
             textcoords="offset points",
             ha="center",
             va="bottom" if above else "top",
@@ -92,8 +95,15 @@ def _point_at_changes(axes: Axes, group: Group, curve: Curve, colour: str, *, ab
             fontsize=9,
             arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 4},
         )
+        note.set_path_effects([withStroke(linewidth=3, foreground=theme.paper)])
     if changes:
-        axes.margins(y=0.3)
+        axes.margins(y=0.35)
+
+
+def _start_at_zero(axes: Axes) -> None:
+    """Show zero, and room above the highest value."""
+    top = axes.dataLim.y1
+    axes.set_ylim(0, 1.08 * top if 0 < top < np.inf else 1)
 
 
 def _finish(axes: Axes, groups: Sequence[Group], title: str) -> None:

@@ -62,9 +62,10 @@ def page(groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
 <style>{_STYLE}</style>
 </head>
 <body>
-<h1>{sum(len(group.runs) for group in groups)} runs in {len(groups)} groups</h1>
+<h1>{count(sum(len(group.runs) for group in groups), "run")} in {count(len(groups), "group")}</h1>
 <p>Runs that differ only in their seed form a group. Numbers are means over its runs ± the standard error of the mean;
-“best” takes each run's best evaluation. Tokens per second are the median of a run, memory is its peak.</p>
+“last” is the last evaluation that a run has reached, “best” the best of each run. Tokens per second are the median of
+a run, memory is its peak.</p>
 {_table(*_summary(groups))}
 {"".join(map(_figure, pictures))}
 <h2>Runs</h2>
@@ -93,7 +94,7 @@ def _summary(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     head += ["tokens/s", "memory (GiB)"]
     rows = []
     for group in groups:
-        row = [group.name, str(len(group.runs)), _parameters(group.runs), group.final_ranks()]
+        row = [group.name, _finished(group.runs), _parameters(group.runs), group.final_ranks()]
         for key in keys:
             values = [found for run in group.runs if (found := run.values(key))]
             best = min if is_loss(key) else max
@@ -112,18 +113,29 @@ def _runs(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for group in groups:
         for run in group.runs:
-            state = "finished" if run.description else "no adapter"
-            state += f", {run.passed_over} unreadable lines" if run.passed_over else ""
+            state = "finished" if run.finished else "unfinished"
+            state += f", {count(run.passed_over, 'line')} unreadable" if run.passed_over else ""
             ranks, skipped = ranks_of(run.last), run.last.get("skipped", _NOTHING)
             row = [run.name, group.name, run.recipe.seed, run.last["step"], span([ranks] if ranks else []), skipped]
             rows.append([*map(str, row), state])
     return head, rows
 
 
+def count(number: int, noun: str) -> str:
+    """Return `1 run`, `2 runs`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _finished(runs: Sequence[Run]) -> str:
+    """Return how many runs a group has; those cut short have earlier last scores than the others."""
+    unfinished = sum(not run.finished for run in runs)
+    return str(len(runs)) + (f" ({unfinished} unfinished)" if unfinished else "")
+
+
 def _parameters(runs: Sequence[Run]) -> str:
     """Return trained values, from fewest to most where the runs of a group ended with different ranks."""
-    found = sorted({run.parameters for run in runs if run.parameters is not None})
-    return "–".join(f"{count:,}" for count in dict.fromkeys((found[0], found[-1]))) if found else _NOTHING
+    found = [run.parameters for run in runs if run.parameters is not None]
+    return "–".join(f"{number:,}" for number in sorted({min(found), max(found)})) if found else _NOTHING
 
 
 def _mean(values: Sequence[float], form: str = ",.0f") -> str:

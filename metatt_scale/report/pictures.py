@@ -16,7 +16,7 @@ _SCORES = (
     "Means over seeds; bands are standard errors. Arrows show where the ranks of the chain change, and to what. "
     "Training losses are as logged, of long runs averaged over neighbouring steps."
 )
-_RANKS = "One panel per inner bond of the chain, from left to right."
+_RANKS = "Inner bonds of the chain count from the left; where all have the same rank, one panel shows it."
 _SPEED = "As logged, of long runs averaged over neighbouring steps."
 _SPECTRA = (
     "Singular values of the chain at each bond with the orthogonality centre there, means over seeds, a line per "
@@ -31,9 +31,10 @@ _GRADIENTS = (
 
 def pictures(groups: Sequence[Group]) -> list[Picture]:
     """Draw everything that the runs have numbers for; the files' names are known to `command.py`."""
+    with_ranks = any(group.rank_curves() for group in groups)
     return [
         _overall("scores", "Loss and scores", _SCORES, groups, curves.scores),
-        _overall("ranks", "Ranks", _RANKS, groups, curves.ranks),
+        *([_overall("ranks", "Ranks", _RANKS, groups, curves.ranks)] if with_ranks else []),
         _overall("speed", "Throughput and memory", _SPEED, groups, curves.speed),
         *_by_group("spectra", "Singular values", _SPECTRA, [g for g in groups if g.spectra()], chain.spectra),
         *_by_group("gradients", "Gradients", _GRADIENTS, [g for g in groups if g.gradients()[1]], chain.gradients),

@@ -33,6 +33,11 @@ class Run:
         return self.folder.resolve().name
 
     @property
+    def finished(self) -> bool:
+        """Return whether the run has left an adapter."""
+        return bool(self.description)
+
+    @property
     def parameters(self) -> int | None:
         """Return the number of trained values: the sum of P N Q over the cores; None where no adapter tells it."""
         sizes, ranks = self.description.get("sizes"), self.description.get("ranks")
