@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, export, plan, generate, benchmark, study, quickstart.
+"""The command line: train, evaluate, export, plan, generate, benchmark, study, report, quickstart.
 
 Anything the user can mend is one message on stderr and exit code 2; a run stopped by a signal exits with 128 plus
 the signal's number. METATT_DEBUG=1 shows the traceback behind a message. Libraries are imported by the command
@@ -8,8 +8,6 @@ that needs them, after its arguments and recipe are checked.
 from __future__ import annotations
 
 import argparse
-import atexit
-import errno
 import logging
 import os
 import sys
@@ -25,9 +23,11 @@ from rich.console import Console
 from metatt_scale import __version__
 from metatt_scale.benchmark.command import run as run_benchmark
 from metatt_scale.benchmark.settings import add_arguments as add_benchmark_arguments
+from metatt_scale.ending import leave, message_of, told_elsewhere, which_rank
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe
+from metatt_scale.report.command import add_report
 from metatt_scale.study.command import add_study
 
 _GIVE_WAY_SECONDS = 10.0
@@ -49,64 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # What is wrong with arguments or recipe every process finds: the first of each node tells it, and the
             # launcher ends this one meanwhile. If it does not, the error is this one's alone.
             time.sleep(_GIVE_WAY_SECONDS)
-        print(f"error{_which_rank()}: {_message(error)}", file=sys.stderr)
+        print(f"error{which_rank()}: {message_of(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        why = _told_elsewhere(error)
+        why = told_elsewhere(error)
         if why is None or os.environ.get("METATT_DEBUG"):
             raise
         if why:
             # The rank that failed is still on its way out: its own error should stand first, and launchers take the
             # first process that exits for the cause. They end this one meanwhile.
             time.sleep(_GIVE_WAY_SECONDS)
-            print(f"error{_which_rank()}: {why}", file=sys.stderr)
+            print(f"error{which_rank()}: {why}", file=sys.stderr)
         return 2
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end this process with its exit code."""
     leave(main(arguments))
-
-
-def leave(code: int) -> NoReturn:
-    """End this process as `sys.exit(code)` does, but let the operating system take the interpreter down.
-
-    FSDP2 and DeepSpeed keep process groups alive after `destroy_process_group`. A thread of gloo's that frees the
-    tensors of its last collective while the interpreter is being taken down asks for a lock that is no more, and the
-    process aborts with all its work done (pytorch/pytorch#179291).
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # nobody reads on, or the disk is full
-            code = code or 1
-    os._exit(code)
-
-
-def _which_rank() -> str:
-    """Return where an error happened, for the jobs that have more than one place."""
-    rank = os.environ.get("RANK")
-    return "" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f" on rank {rank}"
-
-
-def _told_elsewhere(error: RuntimeError) -> str | None:
-    """Return what to say of an error whose cause another rank tells ("" if nothing); None for all others."""
-    from torch import distributed
-
-    from metatt_scale.parallel import OtherRankError
-
-    if isinstance(error, OtherRankError):
-        return ""
-    if isinstance(error, distributed.DistError) or "gloo" in str(error):
-        reason = str(error).splitlines()[0]
-        if "timed out" in reason.lower():
-            return (
-                "a collective failed: another rank did not answer within parallel.timeout_minutes. Its own error "
-                f"tells why; if it has none it hangs, was never started, or needs a larger value ({reason})"
-            )
-        return f"a collective failed, so another rank is gone; its own error tells why ({reason})"
-    return None
 
 
 def _one_process(command: str) -> None:
@@ -116,16 +75,6 @@ def _one_process(command: str) -> None:
         raise ValueError(
             f"started as one of {world} processes (WORLD_SIZE), but `{command}` works in one; start it with python"
         )
-
-
-def _message(error: Exception) -> str:
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "make room and start the same command again (a run goes on from its newest checkpoint)"
-        return f"{where}{error.strerror}; {remedy}"
-    return f"{where}{error.strerror}" if where else str(error)
 
 
 def _parse(arguments: Sequence[str] | None) -> Namespace:
@@ -192,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.set_defaults(run=_benchmark)
 
     add_study(commands)
+    add_report(commands)
     quickstart = commands.add_parser("quickstart", help="the README's first example, from nothing to exports")
     _add_recipe(quickstart)
     quickstart.set_defaults(run=_quickstart)

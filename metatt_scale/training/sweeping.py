@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metatt_scale.adapter import ChainAdapter, ChainSpec, Target, norm_in_use
 from metatt_scale.parallel import Message, World
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import Recipe, SweepRecipe
 from metatt_scale.recipe.sweep import Rank
 from metatt_scale.tensor import (
     Cut,
@@ -75,14 +75,7 @@ def perform_sweep(
     old = [core.detach().to("cpu", torch.float64) for core in adapter.cores]
     old_spec, how = adapter.spec, recipe.sweep
     assert how is not None
-    caps = (how.max_rank if target is None else target,) * (len(old) - 1) if not isinstance(target, tuple) else target
-    rule = {"max_ranks": caps, "min_rank": how.min_rank, "max_discarded_weight": how.max_discarded_weight}
-    current, cuts = old, None
-    if how.local_steps:
-        current, cuts = optimise_bonds(recipe, caps, adapter, old, world, gradients)
-        rule = {}  # what is left to do is to go back to the left
-    elif how.importance == "sensitivity":
-        current, rule["scores"] = _probe(how.probe_batches, adapter, old, world, gradients)
+    current, cuts, rule = _before_the_cut(recipe, how, target, adapter, old, world, gradients)
 
     def compute() -> Message:
         swept = sweep(current, canonical=how.form == "canonical", **rule)
@@ -107,6 +100,26 @@ def perform_sweep(
 
 
 # ---- sensitivity
+
+
+def _before_the_cut(
+    recipe: Recipe,
+    how: SweepRecipe,
+    target: Rank | None,
+    adapter: ChainAdapter,
+    old: list[Tensor],
+    world: World,
+    gradients: Gradients,
+) -> tuple[list[Tensor], list[Cut] | None, dict[str, Any]]:
+    """Do what needs the model; return the chain to sweep, cuts that are done already, and the rule for the others."""
+    caps = target if isinstance(target, tuple) else (how.max_rank if target is None else target,) * (len(old) - 1)
+    if how.local_steps:
+        return *optimise_bonds(recipe, caps, adapter, old, world, gradients), {}
+    rule = {"max_ranks": caps, "min_rank": how.min_rank, "max_discarded_weight": how.max_discarded_weight}
+    if how.importance == "sensitivity":
+        canonical, scores = _probe(how.probe_batches, adapter, old, world, gradients)
+        return canonical, None, {**rule, "scores": scores}
+    return old, None, rule
 
 
 def _probe(

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from metatt_scale.backbone import byte_tokenizer
-from metatt_scale.cli import leave
 from metatt_scale.data import prepare
+from metatt_scale.ending import leave
 from metatt_scale.parallel import World, join, read_launch
 from metatt_scale.recipe import Recipe
 from tests.distributed.equivalence import make_trainer

@@ -173,7 +173,7 @@ def test_a_bad_recipe_is_told_before_anything_heavy_is_imported(recipe):
 def test_a_process_ends_without_taking_the_interpreter_down():
     """Handlers run and nothing printed is lost, but no object is freed: a thread of gloo's might be at it still."""
     code = (
-        "import atexit, sys\nfrom metatt_scale.cli import leave\n"
+        "import atexit, sys\nfrom metatt_scale.ending import leave\n"
         "class Held:\n    def __del__(self): print('freed')\n"
         "held = Held()\natexit.register(print, 'handled', end='')\nprint('said', end=', ')\n"
         "leave(3)"

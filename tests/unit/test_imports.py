@@ -15,7 +15,19 @@ FLOORS = [
     {"metatt_scale", "files", "device"},
     {"tensor", "recipe"},
     {"adapter", "data", "backbone", "parallel"},
-    {"training", "plan", "export", "evaluation", "reopen", "scoring", "quickstart", "benchmark", "report", "study"},
+    {
+        "training",
+        "plan",
+        "export",
+        "evaluation",
+        "reopen",
+        "scoring",
+        "quickstart",
+        "benchmark",
+        "report",
+        "study",
+        "ending",
+    },
     {"cli"},
 ]
 """Rooms, from the ground up."""

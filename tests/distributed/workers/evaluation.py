@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from metatt_scale.backbone import byte_tokenizer
-from metatt_scale.cli import leave
+from metatt_scale.ending import leave
 from metatt_scale.evaluation import evaluate
 from metatt_scale.parallel import Launch, Strategy, World, join
 from metatt_scale.recipe import EvaluationRecipe

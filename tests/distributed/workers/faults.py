@@ -114,8 +114,8 @@ def plant() -> None:
 def main() -> NoReturn:
     """Train, with the fault if it is this rank's."""
     note(f"pid-{RANK}", os.getpid())
-    from metatt_scale.cli import leave
     from metatt_scale.cli import main as command
+    from metatt_scale.ending import leave
 
     if RANK == int(os.environ["FAULT_RANK"]) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         plant()

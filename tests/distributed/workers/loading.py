@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import load_backbone
-from metatt_scale.cli import leave
+from metatt_scale.ending import leave
 from metatt_scale.parallel import Launch, join, make_engine
 from metatt_scale.recipe import AdapterRecipe, validate
 from tests.tiny import MODELS, randomise, tokens

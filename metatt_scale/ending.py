@@ -1,0 +1,61 @@
+"""How a command's process ends: what is said of an error, and how the process is left."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import sys
+from typing import NoReturn
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit(code)` does, but let the operating system take the interpreter down.
+
+    FSDP2 and DeepSpeed keep process groups alive after `destroy_process_group`. A thread of gloo's that frees the
+    tensors of its last collective while the interpreter is being taken down asks for a lock that is no more, and the
+    process aborts with all its work done (pytorch/pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads on, or the disk is full
+            code = code or 1
+    os._exit(code)
+
+
+def which_rank() -> str:
+    """Return where an error happened, for the jobs that have more than one place."""
+    rank = os.environ.get("RANK")
+    return "" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f" on rank {rank}"
+
+
+def told_elsewhere(error: RuntimeError) -> str | None:
+    """Return what to say of an error whose cause another rank tells ("" if nothing); None for all others."""
+    from torch import distributed
+
+    from metatt_scale.parallel import OtherRankError
+
+    if isinstance(error, OtherRankError):
+        return ""
+    if isinstance(error, distributed.DistError) or "gloo" in str(error):
+        reason = str(error).splitlines()[0]
+        if "timed out" in reason.lower():
+            return (
+                "a collective failed: another rank did not answer within parallel.timeout_minutes. Its own error "
+                f"tells why; if it has none it hangs, was never started, or needs a larger value ({reason})"
+            )
+        return f"a collective failed, so another rank is gone; its own error tells why ({reason})"
+    return None
+
+
+def message_of(error: Exception) -> str:
+    """Return an error in one line, with the remedy where the disk is full."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room and start the same command again (a run goes on from its newest checkpoint)"
+        return f"{where}{error.strerror}; {remedy}"
+    return f"{where}{error.strerror}" if where else str(error)

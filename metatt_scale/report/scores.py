@@ -1,0 +1,38 @@
+"""What evaluations gave: which scores there are, and whether more is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from metatt_scale.report.groups import Group
+
+PREFIX = "eval_"
+_LABELS = {
+    "loss": "training loss (nats)",
+    "eval_loss": "evaluation loss (nats)",
+    "eval_accuracy": "accuracy",
+    "eval_f1": "F1",
+}
+
+
+def score_keys(groups: Sequence[Group]) -> list[str]:
+    """Return the keys of all numbers that evaluations of any run have written, in the order of writing."""
+    lines = (line for group in groups for run in group.runs for line in run.lines)
+    found = dict.fromkeys(key for line in lines for key in line if key.startswith(PREFIX))
+    return [key for key in found if any(group.curve(key) for group in groups)]
+
+
+def label(key: str) -> str:
+    """Return the name of a number on an axis, with its unit."""
+    return _LABELS.get(key, key.removeprefix(PREFIX).replace("_", " "))
+
+
+def is_loss(key: str) -> bool:
+    """Return whether less of it is better."""
+    return "loss" in key
+
+
+def main_score(group: Group) -> str:
+    """Return what tells best how good a group is: a score, else the evaluation loss, else the training loss."""
+    keys = score_keys([group])
+    return next((key for key in keys if not is_loss(key)), keys[0] if keys else "loss")
