@@ -1,21 +1,22 @@
 """What the user asks for: schema, YAML, overrides, errors. Imports no torch."""
 
 from metatt_scale.recipe.load import RecipeError, dump_recipe, load_recipe, validate
+from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, DataSource
 from metatt_scale.recipe.schema import (
     AdapterRecipe,
     BackboneRecipe,
-    DataRecipe,
-    DataSource,
     EvaluationRecipe,
     LoggingRecipe,
     ParallelRecipe,
     Recipe,
     TrainingRecipe,
+    only_language_models,
 )
 
 __all__ = [
     "AdapterRecipe",
     "BackboneRecipe",
+    "ClassifierRecipe",
     "DataRecipe",
     "DataSource",
     "EvaluationRecipe",
@@ -26,5 +27,6 @@ __all__ = [
     "TrainingRecipe",
     "dump_recipe",
     "load_recipe",
+    "only_language_models",
     "validate",
 ]
