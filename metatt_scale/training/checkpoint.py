@@ -57,7 +57,7 @@ class RunState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     target_tokens: int = 0
-    """Target tokens trained on."""
+    """Target tokens trained on (of a classifier: examples)."""
     finished: bool = False
     """Nothing is left to train (all steps done, or stopped early)."""
 

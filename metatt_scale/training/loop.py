@@ -21,16 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter import ChainAdapter
-from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches, target_count
+from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches
 from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
-from metatt_scale.training.loss import token_loss_sum
-from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib
+from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
+from metatt_scale.training.objective import make_objective
 from metatt_scale.training.optimizer import apply, clip, learning_rate, make_optimizer
 from metatt_scale.training.reduce import SIGNALS, PendingSums, sum_step
-from metatt_scale.training.start import make_ready
 
 _HALF_SCALE = 1024.0
 
@@ -54,7 +53,7 @@ class _Launched:
     """Number of steps done with it."""
     epoch: int
     tokens: int
-    """Target tokens of its global batch."""
+    """Target tokens of its global batch (of a classifier: examples)."""
     rate: float
     started: float
     sums: PendingSums
@@ -85,7 +84,7 @@ class Trainer:
         self.total_steps = training.max_steps or training.epochs * self.order.steps_per_epoch
         self.signal: int | None = None  # received by this rank
         self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
-        self.packed = make_ready(self.model, training.packing, self.world.device, self.console)
+        self.objective = make_objective(self.recipe, self.model, self.world, self.console)
         self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
         self._launched: deque[_Launched] = deque()
         self._settled_at = 0.0
@@ -112,7 +111,7 @@ class Trainer:
 
         def publish(step: int, report: dict[str, Any]) -> None:
             left = (time.perf_counter() - started) / (step - first_step) * (self.total_steps - step)
-            bar.update(step, _shown(report), left)
+            bar.update(step, shown(report), left)
             if metrics and trackers and self._is_logged(step, report):
                 metrics.write(step, report)
                 trackers.log(step, report)
@@ -150,7 +149,7 @@ class Trainer:
         training, step = self.recipe.training, self.progress.step
         started = time.perf_counter()
         epoch, indices = self.order.global_batch(step)
-        tokens = target_count(self.data.table, indices)
+        tokens = self.objective.denominator(self.data.table, indices)
         loss_sum, length = self._accumulate(indices, tokens, step)
         gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
         sums = sum_step(self.world, gradients, loss_sum, length, self.signal)
@@ -190,7 +189,7 @@ class Trainer:
         # Half precision loses gradients below 6e-8: scale them up on their way, and down again in the fp32 cores.
         scale = _HALF_SCALE if self.adapter.compute_dtype == torch.float16 else 1.0
         for batch in self._own_batches(self.data.table, indices):
-            loss = token_loss_sum(self.model, batch, self.world.device)
+            loss = self.objective.loss_sum(batch)
             (loss * (scale / tokens)).backward()
             loss_sum += loss.detach()
             length += int(batch.attention_mask_BS.sum())
@@ -209,7 +208,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             pad_token_id=self.pad_token_id,
-            packed=self.packed,
+            packed=self.objective.packed,
         )
 
     def _count(self, finite: bool, tokens: int) -> None:
@@ -225,11 +224,11 @@ class Trainer:
         return self.progress.skipped_in_a_row >= self.recipe.training.max_nonfinite_steps
 
     def _evaluate_if_due(self, report: dict[str, Any]) -> None:
-        """Evaluate where the recipe says so; the report gets the loss (None where it is not finite)."""
+        """Evaluate where the recipe says so; the report gets the scores (None where one is not finite)."""
         if self._due(self.recipe.training.eval_every) and self.data.validation is not None:
-            loss = self.evaluation_loss()
-            self._judge(loss)
-            report["eval_loss"] = loss if math.isfinite(loss) else None
+            scores = self.evaluate()
+            self._judge(scores["eval_loss"])
+            report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
 
     def _save_if_due(self) -> None:
         """Save where the recipe says so, and before a stop: by a signal, or because no step succeeds any more."""
@@ -267,17 +266,15 @@ class Trainer:
             if patience is not None and progress.evaluations_without_gain >= patience:
                 progress.finished = True
 
-    @torch.no_grad()
-    def evaluation_loss(self) -> float:
-        """Return the mean loss per target token over the validation records (nats)."""
+    def evaluate(self) -> dict[str, float]:
+        """Return the scores over the validation records, `eval_loss` (nats) first."""
         assert self.data.validation is not None
         table, indices = self.data.validation
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in self._own_batches(table, indices):
-            total += token_loss_sum(self.model, batch, self.world.device)
+        denominator = self.objective.denominator(table, indices)
+        scores = self.objective.evaluate(self._own_batches(table, indices), denominator)
         self.model.train()
-        return float(self.world.sum(total)) / target_count(table, indices)
+        return scores
 
     def _save(self) -> None:
         def write() -> None:
@@ -328,17 +325,3 @@ class Trainer:
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """Return 32 well-mixed bits of its arguments: torch's CPU generator ignores the upper half of a 64-bit seed."""
     return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:4], "little")
-
-
-def _shown(report: dict[str, Any]) -> dict[str, str]:
-    """Return the numbers a person follows while waiting."""
-    shown = {
-        "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
-        "lr": f"{report['learning_rate']:.2e}",
-        "tok/s": f"{report['tokens_per_second']:.0f}",
-        "ranks": ",".join(map(str, report["ranks"])),
-        "mem": f"{report['memory_gib']:.1f}G",
-    }
-    if "eval_loss" in report:
-        shown["eval"] = "not finite" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}"
-    return shown

@@ -98,6 +98,21 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def shown(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the numbers of a step that a person follows while waiting."""
+    numbers = {
+        "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
+        "lr": f"{report['learning_rate']:.2e}",
+        "tok/s": f"{report['tokens_per_second']:.0f}",
+        "ranks": ",".join(map(str, report["ranks"])),
+        "mem": f"{report['memory_gib']:.1f}G",
+    }
+    for name, label in (("eval_loss", "eval"), ("eval_accuracy", "accuracy"), ("eval_f1", "f1")):
+        if name in report:
+            numbers[label] = "not finite" if report[name] is None else f"{report[name]:.4f}"
+    return numbers
+
+
 class ProgressBar:
     """A live bar on a terminal; elsewhere one line every `every` steps."""
 
