@@ -63,16 +63,12 @@ def export(
     if target.exists() and not (target / _MARKER).is_file():
         raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
     description, recipe = read_recipe(source, backbone)
-    if recipe.classifier is not None and to == "lora":
-        raise ValueError(
-            "--to lora: this run is a classifier, whose head a LoRA folder of ours does not hold yet; use --to merged"
-        )
     with new_folder(target, replace=replace) as temporary:
         if to == "metatt":
             for name in (CONFIG, WEIGHTS, *([HEAD] if "head_sha256" in description else [])):
                 shutil.copyfile(source / name, temporary / name)
         elif to == "lora":
-            _write_lora(source, recipe.backbone.path, temporary)
+            _write_lora(source, recipe, temporary)
         else:
             plain = {"quantization": "none"} if merge_base == "original" else {}
             _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary)
@@ -82,13 +78,17 @@ def export(
     return target
 
 
-def _write_lora(source: Path, base_model: str, folder: Path) -> None:
+def _write_lora(source: Path, recipe: Recipe, folder: Path) -> None:
+    if recipe.classifier is not None:
+        raise ValueError(
+            "--to lora: this run is a classifier, whose head a LoRA folder of ours does not hold yet; use --to merged"
+        )
     adapter = read_adapter(source)  # the factors need no backbone
     state = peft_state(adapter)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise ValueError(f"{source}: the LoRA factors are not finite; the adapter's cores are damaged or overflow")
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(adapter, base_model))
+    write_json(folder / "adapter_config.json", peft_config(adapter, recipe.backbone.path))
 
 
 def _write_merged(opened: Reopened, folder: Path) -> None:

@@ -201,7 +201,7 @@ OVERRIDES = [
     override("adapter.alpha=.inf", "`adapter.alpha` is inf; numbers must be finite"),
     override("seed=" + "[" * 20_000, "override 'seed=[[[", "...'", "nested too deeply"),
 ]
-CASES = [*UNKNOWN_KEYS, *WRONG_TYPES, *OUT_OF_RANGE, *CONTRADICTIONS, *NOT_YAML, *OVERRIDES]
+CASES = [*UNKNOWN_KEYS, *CLASSIFIERS, *WRONG_TYPES, *OUT_OF_RANGE, *CONTRADICTIONS, *NOT_YAML, *OVERRIDES]
 
 
 def message_of(path: Path, overrides: tuple[str, ...] = ()) -> str:
