@@ -26,7 +26,7 @@ from metatt_scale.benchmark.settings import add_arguments as add_benchmark_argum
 from metatt_scale.ending import leave, message_of, told_elsewhere, which_rank
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
-from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe
+from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe, only_language_models
 from metatt_scale.report.command import add_report
 from metatt_scale.study.command import add_study
 
@@ -209,9 +209,10 @@ def _train(options: Namespace) -> int:
         if not console.quiet:
             print(str(stop), file=sys.stderr)
         return stop.exit_code
-    console.print(
-        f"next: metatt-scale evaluate {run.folder}, metatt-scale export {run.folder} --to lora", soft_wrap=True
-    )
+    next_one = f"metatt-scale evaluate {run.folder}, metatt-scale export {run.folder} --to lora"
+    if recipe.classifier:
+        next_one = f"metatt-scale export {run.folder} --to merged"
+    console.print(f"next: {next_one}", soft_wrap=True)
     return 0
 
 
@@ -220,9 +221,9 @@ def _evaluate(options: Namespace) -> int:
     from metatt_scale.reopen import adapter_folder, read_recipe
     from metatt_scale.scoring import score_run
 
-    settings = _evaluation_settings(
-        options, read_recipe(adapter_folder(options.run_or_adapter), _backbone(options))[1].evaluation
-    )
+    recipe = read_recipe(adapter_folder(options.run_or_adapter), _backbone(options))[1]
+    only_language_models(recipe, "evaluate")
+    settings = _evaluation_settings(options, recipe.evaluation)
     console = _console()
     scores = score_run(
         options.run_or_adapter, settings, console, backbone=_backbone(options), zero_shot=options.zero_shot
@@ -268,8 +269,9 @@ def _plan(options: Namespace) -> int:
 def _generate(options: Namespace) -> int:
     _one_process("generate")
     from metatt_scale.evaluation.generate import generate
-    from metatt_scale.reopen import reopen
+    from metatt_scale.reopen import adapter_folder, read_recipe, reopen
 
+    only_language_models(read_recipe(adapter_folder(options.run_or_adapter))[1], "generate")
     opened = reopen(options.run_or_adapter, _console(stderr=True), _backbone(options))
     opened.adapter.enabled = not options.backbone_only
     print(generate(opened.model, opened.tokenizer, options.prompt, options.max_new_tokens, options.temperature))

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter import merge, peft_config, peft_state, plain_linear, read_adapter
-from metatt_scale.adapter.saved import CONFIG, WEIGHTS
+from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
 from metatt_scale.recipe import Recipe
@@ -65,10 +65,10 @@ def export(
     description, recipe = read_recipe(source, backbone)
     with new_folder(target, replace=replace) as temporary:
         if to == "metatt":
-            for name in (CONFIG, WEIGHTS):
+            for name in (CONFIG, WEIGHTS, *([HEAD] if "head_sha256" in description else [])):
                 shutil.copyfile(source / name, temporary / name)
         elif to == "lora":
-            _write_lora(source, recipe.backbone.path, temporary)
+            _write_lora(source, recipe, temporary)
         else:
             plain = {"quantization": "none"} if merge_base == "original" else {}
             _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary)
@@ -78,13 +78,17 @@ def export(
     return target
 
 
-def _write_lora(source: Path, base_model: str, folder: Path) -> None:
+def _write_lora(source: Path, recipe: Recipe, folder: Path) -> None:
+    if recipe.classifier is not None:
+        raise ValueError(
+            "--to lora: this run is a classifier, whose head a LoRA folder of ours does not hold yet; use --to merged"
+        )
     adapter = read_adapter(source)  # the factors need no backbone
     state = peft_state(adapter)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise ValueError(f"{source}: the LoRA factors are not finite; the adapter's cores are damaged or overflow")
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(adapter, base_model))
+    write_json(folder / "adapter_config.json", peft_config(adapter, recipe.backbone.path))
 
 
 def _write_merged(opened: Reopened, folder: Path) -> None:
@@ -117,6 +121,7 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         "merged": f"a plain transformers model, merged onto the {merge_base} weights",
         "metatt": "the tensor-train cores (`metatt.json` + `metatt.safetensors`), for metatt-scale",
     }
+    counted = "examples" if recipe.classifier else "target tokens"
     sizes = " x ".join(f"{m} {n}" for m, n in zip(description["modes"], description["sizes"], strict=True))
     lines = [
         "---",
@@ -135,7 +140,7 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         f"| chain | {sizes}; ranks {', '.join(map(str, description['ranks']))}; alpha {description['alpha']} |",
         f"| trained parameters | {description['trainable_parameters']:,} |",
         f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
-        f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} target tokens) |",
+        f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",
         f"| training | {description['step']} steps of {recipe.training.batch_size} examples, learning rate "
         f"{recipe.training.learning_rate}, seed {recipe.seed} |",
         f"| made with | metatt-scale {description['metatt_scale']} |",

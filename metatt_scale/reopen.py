@@ -116,7 +116,8 @@ def reopen(
     description, recipe = read_recipe(folder, backbone)
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
-        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine)
+        classes = recipe.classifier.labels if recipe.classifier else None
+        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, classes)
     adapter = load_adapter(folder, model)
     return Reopened(
         model=model, tokenizer=tokenizer, adapter=adapter, recipe=recipe, description=description, folder=folder

@@ -32,6 +32,19 @@ LLAMA = {
     "bos_token_id": None,
 }
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 64}
+_ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+BERT = {"model_type": "bert", **_ENCODER}
+ROBERTA = {"model_type": "roberta", **_ENCODER, "type_vocab_size": 1}
+UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TIMING = ("seconds", "tokens_per_second", "memory_gib")
 
 
@@ -63,6 +76,21 @@ def toy(folder: Path, **sections) -> dict:
     return recipe
 
 
+def toy_classifier(folder: Path, *, config: dict = BERT, **sections) -> Recipe:
+    """A recipe that tells whether the sum of two numbers is even, on the toy model and files it writes."""
+    write_toy(folder, config=config)
+    records = [{"one": f"{i * 7 % 131}", "two": f"{'0' * (i % 5)}{i}", "label": i * 8 % 131 % 2} for i in range(80)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    wanted = {
+        "classifier": {"labels": 2},
+        "adapter": {"target_modules": ["query", "value"], "init": "ze-id-id-id"},
+        "data": {"format": "sentences", "text_fields": ["one", "two"]},
+    }
+    for name, keys in sections.items():
+        wanted[name] = {**wanted.get(name, {}), **keys} if isinstance(keys, dict) else keys
+    return validate(toy(folder, **wanted), "toy")
+
+
 def toy_recipe(folder: Path, **sections) -> Recipe:
     """The same, checked."""
     if not (folder / "data.jsonl").exists():
@@ -83,14 +111,14 @@ def said(console: Console) -> str:
 
 def make_trainer(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainer:
     """The trainer that `train` would make, in any dtype."""
-    tokenizer = byte_tokenizer()
-    model = load_backbone(recipe.backbone, CPU, recipe.seed).to(dtype)  # type: ignore[arg-type]
+    tokenizer, classes = byte_tokenizer(), recipe.classifier.labels if recipe.classifier else None
+    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=classes).to(dtype)  # type: ignore[arg-type]
     adapter = inject(model, recipe.adapter, recipe.seed).to(dtype)
     return Trainer(
         recipe=recipe,
         model=model,
         adapter=adapter,
-        data=prepare(recipe.data, tokenizer, recipe.seed),
+        data=prepare(recipe.data, tokenizer, recipe.seed, classes=classes),
         inputs="digest",
         pad_token_id=0,
         world=World(device=CPU),

@@ -1,4 +1,6 @@
-"""The adapter on disk: `metatt.json` (what it is) and `metatt.safetensors` (its cores)."""
+"""The adapter on disk: `metatt.json` (what it is), `metatt.safetensors` (its cores) and, of a classifier,
+`head.safetensors` (the frozen head it was trained under).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter.chain import ChainAdapter
@@ -21,12 +23,21 @@ from metatt_scale.adapter.modes import ChainSpec, check_order
 from metatt_scale.adapter.targets import Target, TargetMap, is_linear, widths
 from metatt_scale.files import save_tensors, sha256, write_json
 
-CONFIG, WEIGHTS = "metatt.json", "metatt.safetensors"
+CONFIG, WEIGHTS, HEAD = "metatt.json", "metatt.safetensors", "head.safetensors"
 _FORMAT = 1
 
 
-def save_adapter(folder: Path, adapter: ChainAdapter, about: Mapping[str, Any]) -> None:
-    """Write cores and description into an existing folder; `about` records base model, recipe and the like."""
+def save_adapter(
+    folder: Path, adapter: ChainAdapter, about: Mapping[str, Any], head: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write cores and description into an existing folder.
+
+    Args:
+        folder: where to.
+        adapter: the cores and what they are behind.
+        about: base model, recipe and the like.
+        head: parameters of the model, by name, that its files lack: a classifier's head.
+    """
     cores = {f"core_{k}": core.detach().cpu().contiguous() for k, core in enumerate(adapter.cores)}
     save_tensors(folder / WEIGHTS, cores)
     description = {
@@ -42,11 +53,14 @@ def save_adapter(folder: Path, adapter: ChainAdapter, about: Mapping[str, Any]) 
         "weights_sha256": sha256(folder / WEIGHTS),
         **about,
     }
+    if head is not None:
+        save_tensors(folder / HEAD, head)
+        description["head_sha256"] = sha256(folder / HEAD)
     write_json(folder / CONFIG, description)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read `metatt.json` and check the hash of the weights beside it.
+    """Read `metatt.json` and check the hashes of the weights beside it.
 
     Raises:
         ValueError: not an adapter folder, unknown format, or damaged weights.
@@ -61,10 +75,14 @@ def read_description(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ValueError(f"{folder / CONFIG}: unknown adapter format; this version reads format {_FORMAT}")
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder}: {WEIGHTS} is missing")
-    if sha256(folder / WEIGHTS) != description.get("weights_sha256"):
-        raise ValueError(f"{folder / WEIGHTS}: its hash differs from the one in {CONFIG}; the file is damaged")
+    wanted = {WEIGHTS: description.get("weights_sha256")}
+    if "head_sha256" in description:
+        wanted[HEAD] = description["head_sha256"]
+    for name, digest in wanted.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: {name} is missing")
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{folder / name}: its hash differs from the one in {CONFIG}; the file is damaged")
     return description
 
 
@@ -88,16 +106,35 @@ def read_adapter(folder: Path) -> ChainAdapter:
 
 
 def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
-    """Attach a saved adapter to a freshly loaded backbone.
+    """Attach a saved adapter to a freshly loaded backbone, and give that the head it was trained under.
 
     Raises:
-        ValueError: damaged files, or a model whose modules do not fit the adapter's targets.
+        ValueError: damaged files, or a model whose modules do not fit the adapter's targets or its head.
     """
     adapter = read_adapter(folder)
     _check_fit(model, adapter.target_map, folder)
+    if "head_sha256" in read_description(folder):
+        _put_head(model, folder)
     adapter.compute_dtype = compute_dtype(model)
     attach(model, adapter)
     return adapter
+
+
+def _put_head(model: PreTrainedModel, folder: Path) -> None:
+    try:
+        head = load_file(folder / HEAD)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / HEAD}: damaged ({error!r})") from None
+    parameters = dict(model.named_parameters())
+    for name, value in head.items():
+        found = tuple(parameters[name].shape) if name in parameters else "none of that name"
+        if found != tuple(value.shape):
+            raise ValueError(
+                f"{folder / HEAD}: holds {name} of shape {tuple(value.shape)}, but {type(model).__name__} has {found}"
+                "; load the backbone with the recipe's `classifier`"
+            )
+        with torch.no_grad():
+            parameters[name].copy_(value)
 
 
 def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]:

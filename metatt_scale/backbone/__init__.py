@@ -1,6 +1,7 @@
 """The frozen model: where it comes from, how it is stored, how it computes."""
 
 from metatt_scale.backbone.attention import pick_attention
+from metatt_scale.backbone.head import head_tensors
 from metatt_scale.backbone.loading import (
     enable_checkpointing,
     load_backbone,
@@ -19,6 +20,7 @@ __all__ = [
     "compile_layers",
     "enable_checkpointing",
     "find_units",
+    "head_tensors",
     "identity",
     "load_backbone",
     "load_skeleton",

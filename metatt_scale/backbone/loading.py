@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +30,7 @@ from transformers import (
 
 from metatt_scale.backbone.attention import pick_attention
 from metatt_scale.backbone.checkpoint import Checkpoint, Unfit, fetch
+from metatt_scale.backbone.head import in_head
 from metatt_scale.backbone.quantised import check_shardable
 from metatt_scale.backbone.source import Source, first_line, resolve, why_not
 from metatt_scale.backbone.units import Engine, Weights, bring_in
@@ -60,7 +62,11 @@ def pick_device() -> torch.device:
 
 
 def load_backbone(
-    recipe: BackboneRecipe, device: torch.device, seed: int = 0, engine: Engine | None = None
+    recipe: BackboneRecipe,
+    device: torch.device,
+    seed: int = 0,
+    engine: Engine | None = None,
+    classes: int | None = None,
 ) -> PreTrainedModel:
     """Load, quantise and freeze the model of a recipe, whole or (with an engine) one shard of it.
 
@@ -73,6 +79,7 @@ def load_backbone(
         device: where this process computes.
         seed: of random weights, which follow from it and their module's path alone.
         engine: cuts the model among processes; all of them call this together.
+        classes: put a head for so many classes on an encoder; what the files lack of it is random.
 
     Raises:
         ValueError: nothing loadable at `backbone.path`, or an option this machine or the engine cannot serve.
@@ -84,13 +91,16 @@ def load_backbone(
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype), "attn_implementation": attention}
     weights: Weights | None = None
     if source.kind == "random":
+        config = _random_config(source)
+        with _one_message(recipe, source):
+            _model_class(config, classes)
         with torch.device("meta"):
-            model = _build(_random_config(source), **options)
+            model = _build(config, classes, **options)
         weights = Weights(model, None, seed)
-    elif engine is None or source.kind == "gguf":
+    elif classes is None and (engine is None or source.kind == "gguf"):
         model = _load_weights(recipe, source, options)
-    else:
-        model, weights = _open_weights(recipe, source, options, seed)
+    else:  # also a classifier's head comes from `Weights`: it has to follow from the seed
+        model, weights = _open_weights(recipe, source, options, seed, classes)
     bring_in(model, weights, recipe, device, engine)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
@@ -116,7 +126,7 @@ def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
         except _LOADING_ERRORS as error:
             raise ValueError(why_not(recipe.path, source, error)) from None
     with torch.device("meta"):
-        return _build(config, trust_remote_code=recipe.trust_remote_code)
+        return _build(config, None, trust_remote_code=recipe.trust_remote_code)
 
 
 def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any]) -> PreTrainedModel:
@@ -131,7 +141,7 @@ def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any
             options |= {"use_safetensors": True, "trust_remote_code": recipe.trust_remote_code}
             if recipe.revision:
                 options["revision"] = recipe.revision
-            auto = _model_class(_unquantised_config(recipe, source))
+            auto = _model_class(_unquantised_config(recipe, source), None)
         model, report = auto.from_pretrained(source.location, **options)
         _check_complete(model, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if source.kind == "gguf":
@@ -140,14 +150,15 @@ def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any
 
 
 def _open_weights(
-    recipe: BackboneRecipe, source: Source, options: dict[str, Any], seed: int
+    recipe: BackboneRecipe, source: Source, options: dict[str, Any], seed: int, classes: int | None
 ) -> tuple[PreTrainedModel, Weights]:
     """Return the model as shapes, and what fills it from safetensors."""
     with _one_message(recipe, source):
         config = _unquantised_config(recipe, source)
+        _model_class(config, classes)  # refuses before anything is fetched
         folder = fetch(recipe, source)
         with torch.device("meta"):
-            model = _build(config, trust_remote_code=recipe.trust_remote_code, **options)
+            model = _build(config, classes, trust_remote_code=recipe.trust_remote_code, **options)
         checkpoint = Checkpoint(folder, model)
         _check_complete(model, checkpoint.absent)
         if (folder / "generation_config.json").is_file():
@@ -178,7 +189,7 @@ def _unquantised_config(recipe: BackboneRecipe, source: Source) -> PreTrainedCon
 def _check_complete(model: PreTrainedModel, absent: set[str]) -> None:
     """Refuse weights that would be filled with random numbers; only an encoder's head may be absent."""
     if model.config.model_type in _ENCODERS:
-        absent = {name for name in absent if name.startswith(model.base_model_prefix + ".")}
+        absent = {name for name in absent if not in_head(model, name)}
     if absent:
         shown = ", ".join(sorted(absent)[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
         raise Unfit(
@@ -226,12 +237,22 @@ def _random_config(source: Source) -> PreTrainedConfig:
         raise ValueError(f"{file}: not a transformers config JSON ({first_line(error)})") from None
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
-    return AutoModelForMaskedLM if config.model_type in _ENCODERS else AutoModelForCausalLM
+def _model_class(config: PreTrainedConfig, classes: int | None) -> Any:
+    is_encoder = config.model_type in _ENCODERS
+    if classes is None:
+        return AutoModelForMaskedLM if is_encoder else AutoModelForCausalLM
+    if not is_encoder:
+        raise Unfit(
+            f"it is a {config.model_type}, but a classifier stands on an encoder here ({', '.join(_ENCODERS)}); give "
+            "one, or leave `classifier` out"
+        )
+    return AutoModelForSequenceClassification
 
 
-def _build(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    auto = _model_class(config)
+def _build(config: PreTrainedConfig, classes: int | None, **options: Any) -> PreTrainedModel:
+    auto = _model_class(config, classes)
+    if classes is not None:
+        config.num_labels = classes
     try:
         return auto.from_config(config, **options)
     except (

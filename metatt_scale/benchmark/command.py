@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from metatt_scale.benchmark.settings import Settings, read_settings, read_targets
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import Recipe, only_language_models
 
 if TYPE_CHECKING:
     from metatt_scale.benchmark.report import Report
@@ -28,6 +28,7 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
         OSError: the JSON file cannot be written.
     """
     settings = read_settings(options)
+    only_language_models(recipe, "benchmark")
     if options.targets is not None:
         adapter = recipe.adapter.model_copy(update={"target_modules": read_targets(options.targets)})
         recipe = recipe.model_copy(update={"adapter": adapter})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class Batch(NamedTuple):
     """int64, the token at the same position where it is to be predicted (not shifted), else `IGNORE`."""
     lengths: tuple[int, ...] | None = None
     """Tokens of each example, in the order of the row, where the examples are packed; None where they are padded."""
+    segments_BS: torch.Tensor | None = None
+    """int64, 1 where a token is of the second sentence of a pair; of examples with classes only."""
+    classes_B: torch.Tensor | None = None
+    """int64, the class of each example, `IGNORE` where it adds nothing; of examples with classes only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +198,20 @@ def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: i
         input_ids_BS[row, : len(tokens)] = tokens
         attention_mask_BS[row, : len(tokens)] = 1
         labels_BS[row, : len(tokens)][flags] = tokens[flags]
-    return Batch(torch.from_numpy(input_ids_BS), torch.from_numpy(attention_mask_BS), torch.from_numpy(labels_BS))
+    batch = Batch(torch.from_numpy(input_ids_BS), torch.from_numpy(attention_mask_BS), torch.from_numpy(labels_BS))
+    if table.classes is None:
+        return batch
+    classes_B = torch.from_numpy(table.classes[np.asarray(indices)].astype(np.int64))
+    return batch._replace(segments_BS=_segments(table, indices, shape), classes_B=classes_B)
+
+
+def _segments(table: TokenTable, indices: Sequence[int] | Indices, shape: tuple[int, int]) -> torch.Tensor:
+    assert table.segments is not None
+    segments_BS = np.zeros(shape, np.int64)
+    for row, index in enumerate(indices):
+        part = table.segments[table.offsets[index] : table.offsets[index + 1]]
+        segments_BS[row, : len(part)] = part
+    return torch.from_numpy(segments_BS)
 
 
 def pack(table: TokenTable, indices: Sequence[int] | Indices) -> Batch:
@@ -210,6 +227,9 @@ def pack(table: TokenTable, indices: Sequence[int] | Indices) -> Batch:
 
 
 def _filler(table: TokenTable, index: int, packed: bool) -> Batch:
+    if table.classes is not None:
+        batch = collate(table, [index], 0)
+        return batch._replace(classes_B=torch.full_like(cast(torch.Tensor, batch.classes_B), IGNORE))
     tokens, _ = table.example(index)
     input_ids_BS = torch.from_numpy(tokens[:_FILLER_TOKENS])[None]
     labels_BS = torch.full_like(input_ids_BS, IGNORE)

@@ -13,7 +13,8 @@ import numpy as np
 from filelock import FileLock
 from safetensors.numpy import save_file
 
-from metatt_scale.data.records import OpenSource, open_source, read_records
+from metatt_scale.data.records import Fields, OpenSource, open_source, read_records
+from metatt_scale.data.sentences import tokenize_sentences
 from metatt_scale.data.tokens import Progress, TokenTable, tokenize_records
 from metatt_scale.files import cache_folder, new_folder, sha256, write_json
 from metatt_scale.recipe import DataRecipe, DataSource
@@ -23,22 +24,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _VERSION = 1  # of the files and of the rules that fill them: raise it when either changes
-_DTYPES = {"tokens": ("I32", np.int32), "flags": ("U8", np.uint8), "offsets": ("I64", np.int64)}
+_DTYPES = {
+    "tokens": ("I32", np.int32),
+    "flags": ("U8", np.uint8),
+    "offsets": ("I64", np.int64),
+    "segments": ("U8", np.uint8),
+    "classes": ("I32", np.int32),
+}
 
 
 def tokenize_source(
-    source: DataSource, recipe: DataRecipe, tokenizer: PreTrainedTokenizerFast, progress: Progress | None = None
+    source: DataSource,
+    recipe: DataRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress | None = None,
+    classes: int | None = None,
 ) -> tuple[TokenTable, dict[str, int]]:
     """Return the token table of one source, from the cache where it is there, and its counts.
 
     Counts: `records` (usable), `skipped`, and those of `tokenize_records`. Processes that start together tokenise
-    once: the first one works, the others wait at a lock file.
+    once: the first one works, the others wait at a lock file. `classes` is their number in the sentences format.
 
     Raises:
         ValueError: the source cannot be read, or nothing in it can be trained on.
     """
     opened = open_source(source)
-    parts = _key_parts(opened, source, recipe, tokenizer)
+    fields = None
+    if recipe.format == "sentences":
+        assert classes is not None, "the recipe has a classifier then"
+        fields = Fields(recipe.text_fields, recipe.label_field, classes)
+    parts = _key_parts(opened, source, recipe, tokenizer, fields)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     root = Path(recipe.cache_dir).expanduser() if recipe.cache_dir else cache_folder() / "tokens"
     folder = root / key
@@ -52,7 +67,7 @@ def tokenize_source(
             if found is None:
                 if folder.exists():
                     logger.warning("the token cache %s is damaged and is made again", folder)
-                table, counts = _tokenize(opened, source, recipe, tokenizer, progress)
+                table, counts = _tokenize(opened, source, recipe, tokenizer, progress, fields)
                 _write_entry(folder, table, {"key": parts, "counts": counts})
                 found = _read_entry(folder)
     except OSError as error:
@@ -81,10 +96,14 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _key_parts(
-    opened: OpenSource, source: DataSource, recipe: DataRecipe, tokenizer: PreTrainedTokenizerFast
+    opened: OpenSource,
+    source: DataSource,
+    recipe: DataRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    fields: Fields | None,
 ) -> dict[str, Any]:
     is_hub = opened.identity[0] == "hub"
-    return {
+    parts = {
         "version": _VERSION,
         "content": list(opened.identity),
         "limit": source.limit,
@@ -96,6 +115,7 @@ def _key_parts(
         "train_on_inputs": recipe.train_on_inputs,
         "on_bad_record": recipe.on_bad_record,
     }
+    return parts if fields is None else {**parts, "fields": fields}
 
 
 def _tokenize(
@@ -104,6 +124,7 @@ def _tokenize(
     recipe: DataRecipe,
     tokenizer: PreTrainedTokenizerFast,
     progress: Progress | None,
+    fields: Fields | None,
 ) -> tuple[TokenTable, dict[str, int]]:
     skipped: list[str] = []
 
@@ -112,9 +133,12 @@ def _tokenize(
             raise ValueError(f"{message}; correct the record, or set `data.on_bad_record: skip`")
         skipped.append(message)
 
-    records = list(read_records(opened, recipe.format, on_bad, source.limit))
+    records = list(read_records(opened, recipe.format, on_bad, source.limit, fields))
     in_reading = len(skipped)
-    table, counts = tokenize_records(records, recipe, tokenizer, on_bad, progress)
+    if fields is not None:
+        table, counts = tokenize_sentences(records, recipe, tokenizer, progress)
+    else:
+        table, counts = tokenize_records(records, recipe, tokenizer, on_bad, progress)
     usable = len(records) - (len(skipped) - in_reading)  # a chat template may refuse a few more
     if skipped:
         logger.warning("%s: %d records skipped; the first: %s", source.path, len(skipped), skipped[0])
@@ -136,8 +160,7 @@ def _tokenize(
 
 def _write_entry(folder: Path, table: TokenTable, meta: dict[str, Any]) -> None:
     with new_folder(folder, replace=True) as temporary:
-        arrays = {"tokens": table.tokens, "flags": table.flags, "offsets": table.offsets}
-        save_file(arrays, temporary / "tokens.safetensors")
+        save_file(table.arrays(), temporary / "tokens.safetensors")
         write_json(temporary / "meta.json", {**meta, "sha256": sha256(temporary / "tokens.safetensors")})
 
 
@@ -162,8 +185,8 @@ def _map_arrays(file: Path) -> dict[str, Any]:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
     arrays = {}
-    for name, (code, dtype) in _DTYPES.items():
-        entry = header[name]
+    for name in header.keys() - {"__metadata__"}:
+        entry, (code, dtype) = header[name], _DTYPES[name]
         if entry["dtype"] != code:
             raise ValueError(f"{file}: {name} is {entry['dtype']}, not {code}")
         start = 8 + length + entry["data_offsets"][0]

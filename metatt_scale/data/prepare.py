@@ -43,17 +43,22 @@ class PreparedData:
 
 
 def prepare(
-    recipe: DataRecipe, tokenizer: PreTrainedTokenizerFast, seed: int, progress: Progress | None = None
+    recipe: DataRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    progress: Progress | None = None,
+    classes: int | None = None,
 ) -> PreparedData:
     """Read, tokenise (once, cached) and split what the recipe names.
 
     Every rank may call this: processes that share a cache folder tokenise once. `progress` is called with (records
-    done, records in all) of the source at work, and not at all for a source that is in the cache.
+    done, records in all) of the source at work, and not at all for a source that is in the cache. `classes` is the
+    number of classes in the sentences format.
 
     Raises:
         ValueError: a source, a record, the tokenizer or `validation_size` is not usable.
     """
-    tables, train_counts = _tokenize_all(recipe.train, recipe, tokenizer, progress)
+    tables, train_counts = _tokenize_all(recipe.train, recipe, tokenizer, progress, classes)
     table = concatenate(tables)
     kept, held_out = split(len(table), recipe.validation_size, seed)
     ends = np.cumsum([len(part) for part in tables])
@@ -61,7 +66,7 @@ def prepare(
     mixture = Mixture(tuple(members), tuple(source.weight for source in recipe.train))
     validation, validation_counts = None, []
     if recipe.validation:
-        tables, validation_counts = _tokenize_all(recipe.validation, recipe, tokenizer, progress)
+        tables, validation_counts = _tokenize_all(recipe.validation, recipe, tokenizer, progress, classes)
         joined = concatenate(tables)
         validation = ValidationData(joined, np.arange(len(joined), dtype=np.int64))
     elif recipe.validation_size:
@@ -80,7 +85,7 @@ def prepare(
 def _digest(*tables: TokenTable) -> str:
     digest = hashlib.sha256()
     for table in tables:
-        for array in (table.tokens, table.flags, table.offsets):
+        for array in table.arrays().values():
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
@@ -90,10 +95,11 @@ def _tokenize_all(
     recipe: DataRecipe,
     tokenizer: PreTrainedTokenizerFast,
     progress: Progress | None,
+    classes: int | None,
 ) -> tuple[list[TokenTable], list[dict[str, Any]]]:
     tables, counts = [], []
     for source in sources:
-        table, count = tokenize_source(source, recipe, tokenizer, progress)
+        table, count = tokenize_source(source, recipe, tokenizer, progress, classes)
         tables.append(table)
         counts.append({"path": source.path, **count})
     return tables, counts

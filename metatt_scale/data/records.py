@@ -15,13 +15,24 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 from metatt_scale.files import sha256
 from metatt_scale.recipe import DataSource
 
-Format = Literal["instruction", "chat", "text"]
+Format = Literal["instruction", "chat", "text", "sentences"]
 Record = dict[str, Any]
 OnBad = Callable[[str], None]
 """Told of each record that cannot be used (the message opens with its place); may raise to stop the reading."""
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Fields(NamedTuple):
+    """What a record of `format: sentences` must have."""
+
+    texts: tuple[str, ...]
+    """Names of the one or two fields that hold text."""
+    label: str
+    """Name of the field that holds the class."""
+    classes: int
+    """Number of classes; a label is a whole number below it."""
 
 
 class OpenSource(NamedTuple):
@@ -58,17 +69,19 @@ def open_source(source: DataSource) -> OpenSource:
 
 
 def read_records(
-    opened: OpenSource, format: Format, on_bad: OnBad, limit: int | None = None
+    opened: OpenSource, format: Format, on_bad: OnBad, limit: int | None = None, fields: Fields | None = None
 ) -> Iterator[tuple[Record, str]]:
     """Yield the first `limit` usable records with their places ("file:line", or "file, record N" in an array).
+
+    `fields` are those of the sentences format.
 
     Raises:
         ValueError: a whole file cannot be read (damaged gzip, broken JSON array), whatever `on_bad` does.
     """
-    return islice(_checked(opened.read(on_bad), format, on_bad), limit)
+    return islice(_checked(opened.read(on_bad), format, on_bad, fields), limit)
 
 
-def record_problem(value: object, format: Format) -> str | None:
+def record_problem(value: object, format: Format, fields: Fields | None = None) -> str | None:
     """Say what keeps a JSON value from being a record of this format; None when nothing does."""
     if not isinstance(value, dict):
         return f"is {_kind(value)}, not a JSON object"
@@ -84,20 +97,47 @@ def record_problem(value: object, format: Format) -> str | None:
             return _messages_problem(record)
         case "text":
             return _text_problem(record, "text", filled=True)
+        case "sentences":
+            assert fields is not None
+            problems = (_text_problem(record, name, filled=True) for name in fields.texts)
+            return next(filter(None, problems), None) or _label_problem(record, fields)
 
 
-def _checked(values: Iterable[tuple[Any, str]], format: Format, on_bad: OnBad) -> Iterator[tuple[Record, str]]:
+def _checked(
+    values: Iterable[tuple[Any, str]], format: Format, on_bad: OnBad, fields: Fields | None
+) -> Iterator[tuple[Record, str]]:
     for value, place in values:
-        problem = record_problem(value, format)
+        problem = record_problem(value, format, fields)
         if problem is None:
             yield value, place
         else:
             on_bad(f"{place}: record {problem}")
 
 
+def _absent(record: Record, field: str) -> str | None:
+    if field in record:
+        return None
+    return f"has no field {field!r} (its fields: {', '.join(map(repr, record)) or 'none'})"
+
+
+def _label_problem(record: Record, fields: Fields) -> str | None:
+    if problem := _absent(record, fields.label):
+        return problem
+    label = record[fields.label]
+    if type(label) is not int:
+        shown = f"{label!r} ({_kind(label)})" if isinstance(label, str | float) else _kind(label)
+        return f"has {shown} in field {fields.label!r}, which must be a whole number"
+    if not 0 <= label < fields.classes:
+        return (
+            f"has the class {label} in field {fields.label!r}, but classes run from 0 to {fields.classes - 1} "
+            f"(`classifier.labels` is {fields.classes})"
+        )
+    return None
+
+
 def _text_problem(record: Record, field: str, *, filled: bool = False) -> str | None:
-    if field not in record:
-        return f"has no field {field!r} (its fields: {', '.join(map(repr, record)) or 'none'})"
+    if problem := _absent(record, field):
+        return problem
     text = record[field]
     if not isinstance(text, str):
         return f"has {_kind(text)} in field {field!r}, which must be a string"

@@ -73,6 +73,8 @@ def render(record: Record, format: Format, template: Template, tokenizer: PreTra
             return render_chat(record["messages"], tokenizer)
         case "text":
             return Rendered(record["text"], [(0, len(record["text"]))])
+        case "sentences":
+            raise AssertionError("data/sentences.py tokenises these")
 
 
 def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Rendered:

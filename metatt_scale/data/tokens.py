@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,9 @@ Progress = Callable[[int, int], None]
 """Called with (records done, records in all) of the source at work."""
 
 logger = logging.getLogger(__name__)
-_CHUNK = 512  # records per call of the tokenizer, which spreads them over its threads
+CHUNK = 512
+"""Records per call of the tokenizer, which spreads them over its threads."""
+_ARRAYS = ("tokens", "flags", "offsets", "segments", "classes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,14 @@ class TokenTable:
     """(T,) 1 where the token is to be predicted; never at the first position of an example."""
     offsets: NDArray[np.int64]
     """(E + 1,) example i is tokens[offsets[i]:offsets[i + 1]]."""
+    segments: NDArray[np.uint8] | None = None
+    """(T,) 1 where a token is of the second sentence of a pair; of records with classes only."""
+    classes: NDArray[np.int32] | None = None
+    """(E,) class of each example; of records with classes only, which have no tokens to be predicted."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return by name what there is of the above."""
+        return {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,11 +76,8 @@ def concatenate(tables: Sequence[TokenTable]) -> TokenTable:
         return tables[0]
     starts = np.cumsum([0] + [len(table.tokens) for table in tables])
     ends = [table.offsets[1:] + start for table, start in zip(tables, starts, strict=False)]
-    return TokenTable(
-        np.concatenate([table.tokens for table in tables]),
-        np.concatenate([table.flags for table in tables]),
-        np.concatenate([np.zeros(1, np.int64), *ends]),
-    )
+    joined = {name: np.concatenate([getattr(table, name) for table in tables]) for name in tables[0].arrays()}
+    return TokenTable(**{**joined, "offsets": np.concatenate([np.zeros(1, np.int64), *ends])})
 
 
 def tokenize_records(
@@ -88,19 +95,15 @@ def tokenize_records(
     Raises:
         ValueError: the tokenizer cannot tell characters from tokens, or has no usable chat template.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer {type(tokenizer).__name__} is a slow one, which does not tell the characters of a token; "
-            "use a fast tokenizer (one with a tokenizer.json)"
-        )
+    check_fast(tokenizer)
     eos = tokenizer.eos_token_id if recipe.format != "chat" else None  # chat templates close their turns
     if eos is None and recipe.format != "chat":
         logger.warning("the tokenizer has no end-of-text token: the model will not learn where answers end")
     tokens: list[NDArray[np.int32]] = []
     flags: list[NDArray[np.uint8]] = []
     truncated = dropped = 0
-    for start in range(0, len(records), _CHUNK):
-        chunk = _render_all(records[start : start + _CHUNK], recipe, tokenizer, on_bad)
+    for start in range(0, len(records), CHUNK):
+        chunk = _render_all(records[start : start + CHUNK], recipe, tokenizer, on_bad)
         for ids, targets, cut in _encode(chunk, recipe, tokenizer, cast("int | None", eos)):
             truncated += cut
             if targets.any():
@@ -109,7 +112,7 @@ def tokenize_records(
             else:
                 dropped += 1
         if progress is not None:
-            progress(min(start + _CHUNK, len(records)), len(records))
+            progress(min(start + CHUNK, len(records)), len(records))
     table = _flatten(tokens, flags)
     counts = {
         "examples": len(table),
@@ -119,6 +122,15 @@ def tokenize_records(
         "targets": int(table.targets.sum()),
     }
     return table, counts
+
+
+def check_fast(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that does not say where its tokens come from."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} is a slow one, which does not tell the characters of a token; "
+            "use a fast tokenizer (one with a tokenizer.json)"
+        )
 
 
 def _flatten(tokens: Sequence[NDArray[np.int32]], flags: Sequence[NDArray[np.uint8]]) -> TokenTable:

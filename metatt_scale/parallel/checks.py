@@ -21,6 +21,11 @@ def check_engine(launch: Launch, recipe: Recipe, *, size: int, local_size: int, 
         return
     check_shardable(recipe.backbone)
     if launch.strategy == "zero3":
+        if recipe.classifier is not None:
+            raise RecipeError(
+                "there is a `classifier`, whose head is not gathered from zero3 yet; set parallel.backbone: fsdp2 or "
+                "replicate, and a launcher for it"
+            )
         _check_deepspeed(launch, recipe.backbone.dtype)
         return
     shard_ranks(recipe.parallel, size, local_size)

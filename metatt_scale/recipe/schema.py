@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe
 from metatt_scale.recipe.section import Section
 from metatt_scale.recipe.sweep import INNER_BONDS, SweepRecipe, check_ranks
 
@@ -18,8 +19,9 @@ class BackboneRecipe(Section):
     """The frozen model that is adapted."""
 
     path: str = Field(min_length=1)
-    """Hub id, local folder, `.gguf` file, `package:NAME` (a GGUF file inside an installed Python package), or
-    `random:ARCHITECTURE` (random weights of a shipped or given config JSON; for tests and measurements)."""
+    """Hub id, local folder, `.gguf` file, `package:NAME` (a GGUF file, or a folder with config.json and safetensors,
+    inside an installed Python package), or `random:ARCHITECTURE` (random weights of a shipped or given config JSON;
+    for tests and measurements)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -87,51 +89,6 @@ class AdapterRecipe(Section):
         return self
 
 
-class DataSource(Section):
-    """One place records are read from."""
-
-    path: str = Field(min_length=1)
-    """`.json`, `.jsonl`, either with `.gz`, a folder of such files, or a hub id."""
-    split: str = "train"
-    """Split of a hub data set (ignored for files)."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
-    """Passes over this source per epoch: 1 takes each record once, 0.5 a fresh half each epoch, 2 each twice."""
-    limit: int | None = Field(default=None, gt=0)
-    """Use only the first so many records."""
-
-
-class DataRecipe(Section):
-    """Records, how they become text, and how the text is cut."""
-
-    train: tuple[DataSource, ...] = Field(min_length=1)
-    """Sources of training records."""
-    validation: tuple[DataSource, ...] = ()
-    """Sources of validation records, for the evaluation loss."""
-    validation_size: int = Field(default=0, ge=0)
-    """Records split off the training sources for validation (a pure function of the seed)."""
-    format: Literal["instruction", "chat", "text"] = "instruction"
-    """`instruction`: {instruction, input, output}. `chat`: {messages} through the tokenizer's template.
-    `text`: {text}."""
-    template: Literal["llm_adapters", "plain"] = "llm_adapters"
-    """Prompt of instruction records: that of LLM-Adapters (Hu et al. 2023), or instruction and input as they are."""
-    cutoff_length: int = Field(default=256, ge=8)
-    """Longest sequence in tokens; what is beyond is cut off."""
-    train_on_inputs: bool = False
-    """Take the loss on prompts as well, not on answers only."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """A record that cannot be read stops the run with file and line, or is skipped and counted."""
-    cache_dir: str | None = Field(default=None, min_length=1)
-    """Folder of tokenised data; the user's cache folder when absent."""
-
-    @model_validator(mode="after")
-    def _check(self) -> DataRecipe:
-        if self.validation and self.validation_size:
-            raise ValueError(
-                "`validation` and `validation_size` exclude each other; name validation files or split some off"
-            )
-        return self
-
-
 class TrainingRecipe(Section):
     """The optimisation."""
 
@@ -145,7 +102,8 @@ class TrainingRecipe(Section):
     """Examples that one rank sends through the model at once."""
     packing: Literal["auto"] | bool = "auto"
     """Put the examples of a micro-batch into one row without padding, each seeing itself alone. `auto` packs where
-    the model is found to keep them apart, `true` insists on it, `false` pads them to the longest."""
+    the model is found to keep them apart, `true` insists on it, `false` pads them to the longest. Classifiers are
+    padded."""
     learning_rate: float = Field(default=5e-4, gt=0, le=100)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -273,6 +231,7 @@ class Recipe(Section):
     """Seed of the initialisation, of the data order and of dropout."""
     backbone: BackboneRecipe
     adapter: AdapterRecipe = AdapterRecipe()
+    classifier: ClassifierRecipe | None = None
     data: DataRecipe
     training: TrainingRecipe = TrainingRecipe()
     sweep: SweepRecipe | None = None
@@ -290,6 +249,13 @@ class Recipe(Section):
                 "`training.keep: best` and `training.early_stopping_patience` need validation records; "
                 "set `data.validation_size` or `data.validation`"
             )
+        if self.classifier is None and data.format == "sentences":
+            raise ValueError(
+                "`data.format` is sentences, but there is no `classifier`; say how many classes the records have, "
+                "for example `classifier: {labels: 2}`, or choose another format"
+            )
+        if self.classifier is not None:
+            self._check_classifier()
         if self.sweep is not None:
             self._check_sweep(self.sweep)
         return self
@@ -299,3 +265,32 @@ class Recipe(Section):
             check_ranks(point.rank, self.adapter.kind, f"sweep.schedule[{i}].rank")
         if sweep.formula is not None and not isinstance(self.adapter.rank, int):
             raise ValueError("`sweep.formula` starts from one rank for all bonds; give `adapter.rank` as one number")
+
+    def _check_classifier(self) -> None:
+        if self.data.format != "sentences":
+            raise ValueError(
+                f"`classifier` needs records with a class, but `data.format` is {self.data.format}; set "
+                "`data.format: sentences` and `data.text_fields`, or leave `classifier` out"
+            )
+        if self.training.packing is True:
+            raise ValueError(
+                "`training.packing` is true, but the examples of a `classifier` are padded; leave it out"
+            )
+        if self.evaluation.tasks:
+            raise ValueError(
+                f"`evaluation.tasks` is {list(self.evaluation.tasks)}, questions to a language model, but there is a "
+                "`classifier`; leave it out (a classifier is scored on the validation records)"
+            )
+
+
+def only_language_models(recipe: Recipe, command: str) -> None:
+    """Refuse a recipe with a classifier for what makes or weighs text.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if recipe.classifier is not None:
+        raise ValueError(
+            f"`{command}` is for language models, but this recipe has a `classifier`; its scores are eval_loss, "
+            "eval_accuracy and eval_f1 in metrics.jsonl"
+        )

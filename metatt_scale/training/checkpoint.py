@@ -59,7 +59,7 @@ class RunState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     target_tokens: int = 0
-    """Target tokens trained on."""
+    """Target tokens trained on (of a classifier: examples)."""
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     """Sweeps so far: step, and ranks after it."""
     finished: bool = False

@@ -74,10 +74,13 @@ def check_writable(folder: Path) -> None:
 
 
 def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
-    """Refuse a model that is not causal, and records that its embeddings have no rows for."""
+    """Refuse a model that is not causal (unless it is a classifier), and records it has no embeddings for."""
     name = type(model).__name__
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"backbone.path: {name} is not a causal language model that this toolkit can train")
+    if data.table.classes is None and "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"backbone.path: {name} is not a causal language model that this toolkit can train (an encoder needs a "
+            "`classifier`)"
+        )
     embeddings = model.get_input_embeddings()
     # Not the rows of its weight, which may be sharded.
     rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else model.config.vocab_size
@@ -100,5 +103,7 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
     """Return for how many positions a model has embeddings; None where it computes them (rotary)."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and re.search(r"wpe$|position", path):
-            return model.config.get_text_config().max_position_embeddings
+            # RoBERTa's first position is the one behind that of padding.
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            return model.config.get_text_config().max_position_embeddings - before
     return None

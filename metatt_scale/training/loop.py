@@ -17,19 +17,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter import ChainAdapter
-from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches, target_count
+from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches
 from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
-from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
+from metatt_scale.training.objective import make_objective
 from metatt_scale.training.optimizer import Moments, apply, clip, install, learning_rate, make_optimizer, moments_of
 from metatt_scale.training.reduce import PendingSums, sum_step
 from metatt_scale.training.seeds import derived_seed
 from metatt_scale.training.signals import SignalCatcher
 from metatt_scale.training.slices import SliceNorms, spectra
-from metatt_scale.training.start import make_ready
 from metatt_scale.training.sweep_plan import plan_sweeps
 from metatt_scale.training.sweeping import perform_sweep
 
@@ -55,7 +54,7 @@ class _Launched:
     """Number of steps done with it."""
     epoch: int
     tokens: int
-    """Target tokens of its global batch."""
+    """Target tokens of its global batch (of a classifier: examples)."""
     rate: float
     started: float
     sums: PendingSums
@@ -89,7 +88,7 @@ class Trainer:
         self.sweeps = plan_sweeps(self.recipe, self.order.steps_per_epoch, self.total_steps)
         self.signals = SignalCatcher()
         self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
-        self.packed = make_ready(self.model, training.packing, self.world.device, self.console)
+        self.objective = make_objective(self.recipe, self.model, self.world, self.console)
         self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
         self._launched: deque[_Launched] = deque()
         self._settled_at = 0.0
@@ -168,7 +167,7 @@ class Trainer:
     def _gradient(self, step: int) -> tuple[int, int, PendingSums]:
         """Leave the gradient of a step's global batch on the cores; return its epoch, target tokens, and sums."""
         epoch, indices = self.order.global_batch(step)
-        tokens = target_count(self.data.table, indices)
+        tokens = self.objective.denominator(self.data.table, indices)
         loss_sum, length = self._accumulate(indices, tokens, step)
         gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
         return epoch, tokens, sum_step(self.world, gradients, loss_sum, length, self.signals.received)
@@ -203,7 +202,7 @@ class Trainer:
         # Half precision loses gradients below 6e-8: scale them up on their way, and down again in the fp32 cores.
         scale = _HALF_SCALE if self.adapter.compute_dtype == torch.float16 else 1.0
         for batch in self._own_batches(self.data.table, indices):
-            loss = token_loss_sum(self.model, batch, self.world.device)
+            loss = self.objective.loss_sum(batch)
             (loss * (scale / tokens)).backward()
             loss_sum += loss.detach()
             length += int(batch.attention_mask_BS.sum())
@@ -222,7 +221,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             pad_token_id=self.pad_token_id,
-            packed=self.packed,
+            packed=self.objective.packed,
         )
 
     def _count(self, finite: bool, tokens: int) -> None:
@@ -260,11 +259,11 @@ class Trainer:
         self.optimizer = install(self.adapter, cores, moments, self.recipe.training)
 
     def _evaluate_if_due(self, report: dict[str, Any]) -> None:
-        """Evaluate where the recipe says so; the report gets the loss (None where it is not finite)."""
+        """Evaluate where the recipe says so; the report gets the scores (None where one is not finite)."""
         if self._due(self.recipe.training.eval_every) and self.data.validation is not None:
-            loss = self.evaluation_loss()
-            self._judge(loss)
-            report["eval_loss"] = loss if math.isfinite(loss) else None
+            scores = self.evaluate()
+            self._judge(scores["eval_loss"])
+            report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
             report["spectra"] = spectra(list(self.adapter.cores))
 
     def _save_if_due(self) -> None:
@@ -303,17 +302,15 @@ class Trainer:
             if patience is not None and progress.evaluations_without_gain >= patience:
                 progress.finished = True
 
-    @torch.no_grad()
-    def evaluation_loss(self) -> float:
-        """Return the mean loss per target token over the validation records (nats)."""
+    def evaluate(self) -> dict[str, float]:
+        """Return the scores over the validation records, `eval_loss` (nats) first."""
         assert self.data.validation is not None
         table, indices = self.data.validation
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in self._own_batches(table, indices):
-            total += token_loss_sum(self.model, batch, self.world.device)
+        denominator = self.objective.denominator(table, indices)
+        scores = self.objective.evaluate(self._own_batches(table, indices), denominator)
         self.model.train()
-        return float(self.world.sum(total)) / target_count(table, indices)
+        return scores
 
     def _save(self) -> None:
         def write() -> None:

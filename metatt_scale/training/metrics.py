@@ -99,17 +99,18 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the numbers a person follows while waiting."""
-    shown = {
+    """Return the numbers of a step that a person follows while waiting."""
+    numbers = {
         "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
         "lr": f"{report['learning_rate']:.2e}",
         "tok/s": f"{report['tokens_per_second']:.0f}",
         "ranks": ",".join(map(str, report["ranks"])),
         "mem": f"{report['memory_gib']:.1f}G",
     }
-    if "eval_loss" in report:
-        shown["eval"] = "not finite" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}"
-    return shown
+    for name, label in (("eval_loss", "eval"), ("eval_accuracy", "accuracy"), ("eval_f1", "f1")):
+        if name in report:
+            numbers[label] = "not finite" if report[name] is None else f"{report[name]:.4f}"
+    return numbers
 
 
 class ProgressBar:

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale import __version__
 from metatt_scale.adapter import ChainAdapter, inject, save_adapter
-from metatt_scale.backbone import compile_layers, identity, load_backbone, load_tokenizer, pick_device
+from metatt_scale.backbone import (
+    compile_layers,
+    head_tensors,
+    identity,
+    load_backbone,
+    load_tokenizer,
+    pick_device,
+)
 from metatt_scale.data import PreparedData, prepare
 from metatt_scale.files import new_folder, write_text
 from metatt_scale.parallel import (
@@ -87,7 +94,8 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
             if recipe.training.keep == "best" and trainer.best_cores:
                 trainer.adapter.set_cores(trainer.best_cores)
             check_result(trainer.adapter, trainer.progress)
-            world.on_first(lambda: _write_adapter(folder / "adapter", trainer))
+            head = head_tensors(trainer.model) if recipe.classifier else None
+            world.on_first(lambda: _write_adapter(folder / "adapter", trainer, head))
     console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
     return TrainedRun(model=trainer.model, tokenizer=tokenizer, adapter=trainer.adapter, folder=folder)
 
@@ -98,9 +106,13 @@ def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
         def show(done: int, total: int) -> None:
             status.update(f"tokenising {done:,} of {total:,} records")
 
-        data = prepare(recipe.data, tokenizer, recipe.seed, show)  # type: ignore[arg-type]
+        data = prepare(recipe.data, tokenizer, recipe.seed, show, _classes(recipe))  # type: ignore[arg-type]
     _report_data(data.counts, console)
     return data
+
+
+def _classes(recipe: Recipe) -> int | None:
+    return recipe.classifier.labels if recipe.classifier else None
 
 
 def _assemble(
@@ -118,7 +130,7 @@ def _assemble(
     _check_agreement(world, recipe, data, weights)
     with console.status("loading the backbone"):
         engine = make_engine(world, launch, recipe)
-        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine)
+        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, _classes(recipe))
     check_trainable(model, data)
     adapter = inject(model, recipe.adapter, recipe.seed)
     if recipe.backbone.compile:
@@ -205,9 +217,9 @@ def _warn(console: Console, message: str) -> None:
     console.print(message, style="yellow", highlight=False, soft_wrap=True)
 
 
-def _write_adapter(target: Path, trainer: Trainer) -> None:
+def _write_adapter(target: Path, trainer: Trainer, head: dict[str, torch.Tensor] | None) -> None:
     with new_folder(target, replace=True) as temporary:
-        save_adapter(temporary, trainer.adapter, describe(trainer))
+        save_adapter(temporary, trainer.adapter, describe(trainer), head)
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from metatt_scale.training import TrainingStopped, checkpoint, loop, train
+from metatt_scale.training import TrainingStopped, checkpoint, loop, objective, train
 from tests.model.test_training import spoil
 from tests.toy import TIMING, metrics, quiet, said, toy_recipe, write_toy
 
@@ -62,7 +62,7 @@ def test_a_signal_is_seen_a_step_later_and_costs_no_bit(tmp_path, monkeypatch, l
     write_toy(tmp_path / "straight")
     straight, expected, _ = runs(tmp_path / "straight", monkeypatch)
     write_toy(tmp_path / "stopped")
-    real = loop.token_loss_sum
+    real = objective.token_loss_sum
 
     def interrupted(model, batch, device):
         if len(late) == 6 and model.training and not seen:
@@ -71,7 +71,7 @@ def test_a_signal_is_seen_a_step_later_and_costs_no_bit(tmp_path, monkeypatch, l
 
     seen: list[None] = []
     late.clear()
-    monkeypatch.setattr(loop, "token_loss_sum", interrupted)
+    monkeypatch.setattr(objective, "token_loss_sum", interrupted)
     recipe = toy_recipe(tmp_path / "stopped", training=SETTINGS)
     with pytest.raises(TrainingStopped, match="SIGTERM after step 8"):
         train(recipe, quiet())

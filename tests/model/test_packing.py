@@ -287,11 +287,11 @@ def test_logits_that_are_not_the_heads_output_are_computed(config):
 
 def test_the_recipe_decides(tmp_path):
     write_toy(tmp_path)
-    assert make_trainer(toy_recipe(tmp_path)).packed
-    assert not make_trainer(toy_recipe(tmp_path, training={"packing": False})).packed
+    assert make_trainer(toy_recipe(tmp_path)).objective.packed
+    assert not make_trainer(toy_recipe(tmp_path, training={"packing": False})).objective.packed
     eager = {"attention": "eager"}
     trainer = make_trainer(toy_recipe(tmp_path, backbone=eager))
-    assert not trainer.packed and "backbone.attention is eager" in said(trainer.console)
+    assert not trainer.objective.packed and "backbone.attention is eager" in said(trainer.console)
     assert said(make_trainer(toy_recipe(tmp_path)).console) == ""
     with pytest.raises(
         ValueError, match=r"packing is true, but backbone.attention is eager.*set training.packing: a"
@@ -312,7 +312,7 @@ def test_a_step_packed_is_a_step_padded(tmp_path):
         loss, length = trainer._accumulate(indices, 100, 0)
         found.append((float(loss), [core.grad for core in trainer.adapter.cores]))
         assert length == trainer.data.table.lengths[indices].sum()
-        found[-1] += (trainer.evaluation_loss(),)
+        found[-1] += (trainer.evaluate()["eval_loss"],)
     same(found[0], found[1], FLOAT64)
     assert found[0][2] == pytest.approx(found[1][2], rel=FLOAT64)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from metatt_scale.training import TrainingStopped, checkpoint, loop, train
+from metatt_scale.training import TrainingStopped, checkpoint, loop, objective, train
 from metatt_scale.training.checks import only_run
 from tests.toy import bits_of, metrics, quiet, said, toy, toy_recipe, write_toy
 
@@ -118,7 +118,7 @@ def test_a_kill_then_resume_gives_the_same_bits(straight, tmp_path, monkeypatch,
 
 def test_resume_with_dropout_and_a_skipped_step(tmp_path, monkeypatch):
     sections = with_dropout(tmp_path)
-    real, calls = loop.token_loss_sum, []
+    real, calls = objective.token_loss_sum, []
 
     def spoiled(model, batch, device):  # not finite in the second optimizer step of either run
         loss = real(model, batch, device)
@@ -130,7 +130,7 @@ def test_resume_with_dropout_and_a_skipped_step(tmp_path, monkeypatch):
         calls.clear()
         recipe = toy_recipe(tmp_path, output_dir=str(tmp_path / name), training=STEPS, **sections)
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "token_loss_sum", spoiled)
+            patch.setattr(objective, "token_loss_sum", spoiled)
             if stop_at is None:
                 train(recipe, quiet())
             else:
@@ -153,7 +153,7 @@ def test_resume_with_dropout_and_a_skipped_step(tmp_path, monkeypatch):
 
 def test_early_stopping_counts_over_a_resume(tmp_path, monkeypatch):
     losses = {2: 3.0, 4: 4.0, 6: 4.0, 8: 4.0, 10: 4.0}
-    monkeypatch.setattr(loop.Trainer, "evaluation_loss", lambda self: losses[self.progress.step])
+    monkeypatch.setattr(loop.Trainer, "evaluate", lambda self: {"eval_loss": losses[self.progress.step]})
     settings = {"max_steps": 50, "eval_every": 2, "save_every": 1, "early_stopping_patience": 3}
     recipe = toy_recipe(tmp_path, training=settings)
     real = loop.Trainer._launch

@@ -11,7 +11,7 @@ from metatt_scale.backbone import byte_tokenizer
 from metatt_scale.data import IGNORE, micro_batches, prepare
 from metatt_scale.recipe import RecipeError, TrainingRecipe
 from metatt_scale.reopen import reopen
-from metatt_scale.training import checkpoint, loop, train
+from metatt_scale.training import checkpoint, loop, objective, train
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.optimizer import clip, learning_rate
 from metatt_scale.training.seeds import derived_seed
@@ -167,7 +167,7 @@ def spoil(monkeypatch, bad_steps, value=math.nan):
         calls.append(0)
         return real(model, batch, device) * (value if len(calls) - 1 in bad_steps else 1.0)
 
-    monkeypatch.setattr(loop, "token_loss_sum", spoiled)
+    monkeypatch.setattr(objective, "token_loss_sum", spoiled)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -218,7 +218,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_last_good_cores(tmp_p
 
 def test_an_evaluation_that_is_not_finite_is_no_gain(tmp_path, monkeypatch):
     losses = iter([math.nan, 2.0, math.inf, 1.0])
-    monkeypatch.setattr(loop.Trainer, "evaluation_loss", lambda self: next(losses))
+    monkeypatch.setattr(loop.Trainer, "evaluate", lambda self: {"eval_loss": next(losses)})
     recipe = toy_recipe(tmp_path, training={"max_steps": 4, "eval_every": 1, "keep": "best"})
     train(recipe, quiet())
     assert [line["eval_loss"] for line in metrics(tmp_path / "run")] == [None, 2.0, None, 1.0]
@@ -238,7 +238,7 @@ def test_evaluation_is_without_dropout_and_training_mode_comes_back(tmp_path):
     trainer.model.register_forward_hook(lambda module, *_: modes.append(module.training))
     one_step(trainer)
     before = len(modes)
-    losses = {trainer.evaluation_loss() for _ in range(3)}
+    losses = {trainer.evaluate()["eval_loss"] for _ in range(3)}
     assert len(losses) == 1 and all(modes[:before]) and not any(modes[before:])
     assert all(module.training for module in trainer.model.modules())
     one_step(trainer)
@@ -250,7 +250,7 @@ def test_evaluation_loss_is_the_mean_over_all_target_tokens(tmp_path):
     for size in (1, 5, 16):
         trainer = make_trainer(toy_recipe(tmp_path, training={"micro_batch_size": size}), torch.float64)
         randomise(trainer.adapter)
-        values.append(trainer.evaluation_loss())
+        values.append(trainer.evaluate()["eval_loss"])
     assert trainer.data.validation is not None
     table, indices = trainer.data.validation
     total = 0.0
@@ -277,14 +277,14 @@ def test_keep_best_writes_the_cores_of_the_lowest_evaluation_loss(tmp_path, keep
     trainer = make_trainer(recipe)
     trainer.adapter.set_cores(list(opened.adapter.cores))
     wanted = min(losses) if keep == "best" else losses[-1]
-    assert trainer.evaluation_loss() == pytest.approx(wanted, rel=FLOAT32)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=FLOAT32)
     assert opened.description["best_loss"] == min(losses)
     assert opened.description["step"] == (losses.index(min(losses)) + 1 if keep == "best" else 30)
 
 
 def test_early_stopping(tmp_path, monkeypatch):
     losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 9.0, 9.0])
-    monkeypatch.setattr(loop.Trainer, "evaluation_loss", lambda self: next(losses))
+    monkeypatch.setattr(loop.Trainer, "evaluate", lambda self: {"eval_loss": next(losses)})
     settings = {"max_steps": 50, "eval_every": 2, "early_stopping_patience": 3, "save_every": "never"}
     recipe = toy_recipe(tmp_path, training=settings)
     train(recipe, quiet())
@@ -335,7 +335,7 @@ def test_the_loss_goes_down(tmp_path, kind):
         "target_modules": "all-linear" if kind == "metatt_4d" else ["q_proj", "v_proj"],
     }
     recipe = toy_recipe(tmp_path, training=settings, adapter=adapter)
-    before = make_trainer(recipe).evaluation_loss()
+    before = make_trainer(recipe).evaluate()["eval_loss"]
     train(recipe, quiet())
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
@@ -420,7 +420,7 @@ def test_a_run_that_learned_nothing_hands_over_nothing(tmp_path, monkeypatch):
     write_toy(tmp_path)
     recipe = toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"})
     monkeypatch.setattr(
-        loop, "token_loss_sum", lambda model, batch, device: model(batch.input_ids_BS).logits.sum() * math.nan
+        objective, "token_loss_sum", lambda model, batch, device: model(batch.input_ids_BS).logits.sum() * math.nan
     )
     with pytest.raises(ValueError, match="all 3 steps were skipped"):
         train(recipe, quiet())

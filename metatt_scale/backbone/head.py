@@ -1,0 +1,21 @@
+"""What stands behind an encoder's last layer: its pooler, if it has one, and the head of its task."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a parameter of this name belongs to the head."""
+    prefix = model.base_model_prefix + "."
+    return not name.startswith(prefix) or name.startswith(prefix + "pooler.")
+
+
+def head_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the parameters of the head by name, whole and on the CPU. All ranks of a sharded model call this."""
+    head: dict[str, Any] = {name: p.detach() for name, p in model.named_parameters() if in_head(model, name)}
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in head.items()}
+    return {name: cast(Tensor, p).cpu().contiguous() for name, p in whole.items()}
