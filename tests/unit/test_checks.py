@@ -76,6 +76,14 @@ def check(strategy, deepspeed=None, size=2, device="cpu", backbone=None, **paral
     check_engine(launch, recipe, size=size, local_size=2, device=torch.device(device))
 
 
+def test_zero3_does_not_hold_a_classifier():
+    data = {"train": [{"path": "unused"}], "format": "sentences", "text_fields": ["a"]}
+    sections = {"backbone": {"path": "unused"}, "data": data, "classifier": {"labels": 2}}
+    recipe = validate({"output_dir": "unused", **sections}, "test")
+    with pytest.raises(RecipeError, match=r"there is a `classifier`.*set parallel\.backbone: fsdp2 or replicate"):
+        check_engine(Launch(strategy="zero3"), recipe, size=2, local_size=2, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "strategy, settings, message",
     [
