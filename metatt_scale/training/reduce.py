@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metatt_scale.device import to_device
+from metatt_scale.device import Arriving, to_device
 from metatt_scale.parallel import World
 from metatt_scale.training.signals import SIGNALS
 
@@ -31,17 +31,11 @@ class PendingSums:
         numbers = torch.cat([tail, gradient_norm[None]])
         self.finite = torch.isfinite(numbers).all() & (numbers[2] == 0)
         """Whether loss and gradient are finite on all ranks (scalar, on the device)."""
-        self._numbers = numbers.to("cpu", non_blocking=True)
-        self._arrived = None
-        if numbers.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._numbers = Arriving(numbers)
 
     def read(self) -> StepSums:
         """Return the sums on the host, waiting for the step if need be."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        loss, tokens, nonfinite, *stops, norm = self._numbers.tolist()
+        loss, tokens, nonfinite, *stops, norm = self._numbers.read().tolist()
         return StepSums(
             loss=loss,
             tokens=round(tokens),

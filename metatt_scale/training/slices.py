@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metatt_scale.adapter import ChainAdapter
+from metatt_scale.device import Arriving
 from metatt_scale.tensor import singular_values
 from metatt_scale.training.sweeping import numbers
 
@@ -24,16 +25,19 @@ class SliceNorms:
 
     def __init__(self, adapter: ChainAdapter) -> None:
         """Start from the gradients on the cores; nothing waits for the device until `read`."""
-        self._norms: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
         for mode, core in zip(adapter.spec.modes, adapter.cores, strict=True):
             assert core.grad is not None
             squares = core.grad.square()
             means = squares.mean().reshape(1) if mode in _WIDE else squares.mean(dim=(0, 2))
-            self._norms[mode] = means.sqrt().to("cpu", non_blocking=True)
+            norms[mode] = means.sqrt()
+        self._sizes = {mode: len(values) for mode, values in norms.items()}
+        self._norms = Arriving(torch.cat(list(norms.values())))
 
     def read(self) -> dict[str, list[float]]:
-        """Return the norms by mode; the step's sums must have been read before."""
-        return {mode: numbers(norms) for mode, norms in self._norms.items()}
+        """Return the norms by mode."""
+        parts = self._norms.read().split(list(self._sizes.values()))
+        return {mode: numbers(part) for mode, part in zip(self._sizes, parts, strict=True)}
 
 
 def spectra(cores: Sequence[Tensor]) -> list[list[float]]:
