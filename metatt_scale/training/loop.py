@@ -190,7 +190,7 @@ class Trainer:
             "ranks": list(self.adapter.spec.ranks),
             "memory_gib": peak_memory_gib(self.world.device),
             "skipped": self.progress.skipped,
-            **({"gradient_norms": done.slices.read()} if done.slices else {}),
+            **({"gradient_norms": done.slices.read()} if done.slices and sums.finite else {}),
         }
 
     def _accumulate(self, indices: Any, tokens: int, step: int) -> tuple[Tensor, int]:
