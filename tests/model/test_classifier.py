@@ -137,8 +137,8 @@ def test_an_adapter_brings_its_head_back(tmp_path):
     run = train(recipe, quiet())
     fresh: Any = load_backbone(recipe.backbone, CPU, recipe.seed, classes=2)
     with torch.no_grad():
-        for tensor in (fresh.classifier.weight, fresh.classifier.bias):
-            tensor.fill_(1.0)  # as if another version of torch had drawn it
+        for kind in ("weight", "bias"):
+            fresh.get_parameter(f"classifier.{kind}").fill_(1.0)  # as if another version of torch had drawn it
     load_adapter(run.folder / "adapter", fresh)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
