@@ -25,7 +25,7 @@ from torch import Tensor
 
 from metatt_scale.adapter import ChainAdapter
 from metatt_scale.files import new_folder, save_tensors, sha256, write_json
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import Recipe, validate
 from metatt_scale.tensor import check_chain
 from metatt_scale.training.optimizer import Moments, moments_of
 
@@ -172,7 +172,7 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
         ValueError: made by another recipe, or for cores of other shapes.
     """
     state = _verified_state(folder)
-    differences = _differences(state.get("recipe", {}), recipe.model_dump(mode="json"))
+    differences = _differences(_with_defaults(state.get("recipe", {})), recipe.model_dump(mode="json"))
     if differences:
         raise ValueError(
             f"{folder}: made by another recipe ({'; '.join(differences[:4])}); use another output_dir, or take the "
@@ -241,6 +241,14 @@ def _verified_state(folder: Path) -> dict[str, Any]:
         if isinstance(error, DamagedCheckpointError):
             raise
         raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved recipe with the keys that did not exist yet when it was written."""
+    try:
+        return validate(saved, "checkpoint").model_dump(mode="json")
+    except ValueError:  # written by a version with other rules
+        return saved
 
 
 def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -62,6 +62,17 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(trainer.adapter.cores, other.adapter.cores, strict=True))
 
 
+def test_a_checkpoint_of_before_a_key_existed_is_of_the_same_recipe(tmp_path):
+    recipe, shapes, root = trained(tmp_path)
+    folder = checkpoint.list_checkpoints(root)[-1]
+    state = json.loads((folder / "state.json").read_text())
+    del state["recipe"]["data"]["text_fields"], state["recipe"]["sweep"]
+    (folder / "state.json").write_text(json.dumps(state))
+    marker = {name: sha256(folder / name) for name in ("state.json", "state.safetensors")}
+    (folder / "COMPLETE").write_text(json.dumps(marker))
+    assert checkpoint.load(folder, recipe, shapes).progress.step == 6
+
+
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     recipe = toy_recipe(tmp_path)
     trainer = make_trainer(recipe)
