@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import Recipe, SweepRecipe
 
 if TYPE_CHECKING:
     from metatt_scale.plan.simulate import Simulation
@@ -58,13 +58,26 @@ def _counts(numbers: dict[str, Any], recipe: Recipe) -> Table:
     chain = " x ".join(f"{mode} {n}" for mode, n in zip(numbers["modes"], numbers["sizes"], strict=True))
     ranks = ", ".join(map(str, numbers["ranks"]))
     table.add_row("trainable parameters", f"{numbers['trainable_parameters']:,}", f"{numbers['adapter']}: {chain}")
-    table.add_row("ranks of the bonds", "", ranks)
+    table.add_row("ranks of the bonds", "", f"{ranks} at the start (all figures here)" if recipe.sweep else ranks)
+    if recipe.sweep:
+        table.add_row("sweeps", "", _sweeps(recipe.sweep))
     modules = f"{', '.join(name.split('*.')[-1] for name in numbers['projections'])}"
     table.add_row("adapted modules", f"{numbers['adapted_modules']:,}", modules)
     for rank, count in numbers["lora_parameters"].items():
         table.add_row(f"LoRA r={rank} instead", f"{count:,}", "")
     table.add_row("backbone parameters", f"{numbers['backbone_parameters']:,}", recipe.backbone.path)
     return table
+
+
+def _sweeps(sweep: SweepRecipe) -> str:
+    """Return when ranks change, and to what."""
+    if sweep.schedule:
+        points = ", ".join(f"{point.after}: {point.rank}" for point in sweep.schedule)
+        return f"rank after {sweep.unit} {points}"
+    each = f"every {sweep.every} {sweep.unit}s" if sweep.every > 1 else f"every {sweep.unit}"
+    if sweep.formula:
+        return f"{each}, {sweep.formula.sweeps} times, to rank {sweep.formula.final_rank} at last"
+    return f"{each}, discarding at most {sweep.max_discarded_weight:g} of each bond's weight"
 
 
 def _memory(numbers: dict[str, Any]) -> Table:

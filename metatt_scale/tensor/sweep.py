@@ -68,8 +68,8 @@ def sweep(
     """Cut every bond once from left to right, and return right to left (paper algorithm 1).
 
     A QR of each core comes before its SVD, so that no SVD is larger than K x K. Computed in float64, returned in the
-    type of the input. A bond is never left wider than its neighbours make useful, whatever the rank asked for, and a
-    chain of zeros keeps its ranks.
+    type of the input. A bond is never left wider than its neighbours make useful, whatever the rank asked for. In a
+    chain that is zero, as before training, no direction is worth more: caps keep the leading ones of its other cores.
 
     Args:
         cores: the chain.
@@ -84,15 +84,15 @@ def sweep(
     Raises:
         ValueError: not a chain, a rank below 1, a bound outside [0, 1), or entries that are not finite.
     """
-    check_chain(cores)
+    _check(cores, min_rank, max_discarded_weight)
     caps = _caps(max_ranks, len(cores) - 1)
-    _check_bounds(min_rank, max_discarded_weight)
-    if not all(bool(torch.isfinite(core).all()) for core in cores):
-        raise ValueError("the chain holds values that are not finite; a chain with NaN or infinity cannot be cut")
     dtype = cores[0].dtype
     moving = [core.to(torch.float64) for core in cores]
+    at_centre = canonicalise(moving, 0)
+    if not at_centre[0].any():
+        return _cut_zero(at_centre, caps, dtype)
     if canonical:
-        moving = canonicalise(moving, 0)
+        moving = at_centre
     cuts = []
     for k, cap in enumerate(caps):
         p, n, _ = moving[k].shape
@@ -104,6 +104,16 @@ def sweep(
         moving[k + 1] = torch.tensordot(rows_KQ[kept], moving[k + 1], 1)
     _return(moving)
     return Swept(cores=[core.to(dtype) for core in moving], cuts=tuple(cuts))
+
+
+def _cut_zero(cores: list[Tensor], caps: Sequence[int | None], dtype: torch.dtype) -> Swept:
+    """Cut a right-canonical chain of zeros: SVDs would replace all its cores by arbitrary ones."""
+    cuts = []
+    for k, cap in enumerate(caps):
+        s_K = cores[k].new_zeros(cores[k].shape[2])
+        cuts.append(_account(s_K, torch.arange(min(len(s_K), cap or len(s_K)))))
+        cores[k], cores[k + 1] = cores[k][:, :, cuts[-1].kept], cores[k + 1][cuts[-1].kept]
+    return Swept(cores=[core.to(dtype) for core in canonicalise(cores, 0)], cuts=tuple(cuts))
 
 
 def cut_pair(
@@ -151,8 +161,7 @@ def _choose(worth_K: Tensor, cap: int | None, min_rank: int, max_discarded_weigh
     if max_discarded_weight is not None:
         # tail[i]: worth of what is discarded when i are kept
         tail = worth_K[order].flip(0).cumsum(0).flip(0)
-        if tail[0] > 0:  # zeros do not say which direction matters
-            count = min(count, max(min_rank, int((tail > max_discarded_weight * tail[0]).sum())))
+        count = min(count, max(min_rank, int((tail > max_discarded_weight * tail[0]).sum())))
     return order[:count].sort().values
 
 
@@ -171,7 +180,10 @@ def _caps(max_ranks: int | Sequence[int] | None, n_bonds: int) -> tuple[int | No
     return caps
 
 
-def _check_bounds(min_rank: int, max_discarded_weight: float | None) -> None:
+def _check(cores: Chain, min_rank: int, max_discarded_weight: float | None) -> None:
+    check_chain(cores)
+    if not all(bool(torch.isfinite(core).all()) for core in cores):
+        raise ValueError("the chain holds values that are not finite; a chain with NaN or infinity cannot be cut")
     if min_rank < 1:
         raise ValueError(f"min_rank is {min_rank}; a bond keeps at least 1 singular value")
     if max_discarded_weight is not None and not 0 <= max_discarded_weight < 1:

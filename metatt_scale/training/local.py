@@ -37,7 +37,7 @@ def optimise_bonds(
 ) -> tuple[list[Tensor], list[Cut]]:
     """Train and cut every bond from left to right; return the chain (float64, centre on the right) and the cuts.
 
-    All ranks call this together; only rank 0's cuts are of worth. The adapter is left with a merged chain.
+    All ranks call this together; the cuts are of use on rank 0 only. The adapter is left with a merged chain.
     """
     assert recipe.sweep is not None
     cuts: list[Cut] = []

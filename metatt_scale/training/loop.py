@@ -250,6 +250,10 @@ class Trainer:
             lambda i: self._gradient(step + i)[-1],
             derived_seed("sweep", self.recipe.seed, step),
         )
+        if result.report["ranks_before"] != result.report["ranks_after"]:
+            # The best cores so far have ranks that were not asked to last.
+            self.progress.best_loss, self.progress.best_step, self.best_cores = None, None, []
+            self.progress.evaluations_without_gain = 0
         self.install(result.cores, result.moments)
         report["sweep"], report["ranks"] = result.report, result.report["ranks_after"]
         self.progress.sweeps.append({"step": step, "ranks": report["ranks"]})
@@ -301,6 +305,12 @@ class Trainer:
             progress.evaluations_without_gain += 1
             if patience is not None and progress.evaluations_without_gain >= patience:
                 progress.finished = True
+                left = sum(step > progress.step for step in self.sweeps.targets)
+                self.console.print(
+                    f"stopped early after step {progress.step}: no lower loss in {patience} evaluations"
+                    + (f"; {left} sweeps were not made" if left else ""),
+                    highlight=False,
+                )
 
     def evaluate(self) -> dict[str, float]:
         """Return the scores over the validation records, `eval_loss` (nats) first."""

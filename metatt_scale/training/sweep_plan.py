@@ -50,6 +50,11 @@ def plan_sweeps(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> Sweep
     else:
         end = total_steps if sweep.last is None else min(total_steps, sweep.last * unit)
         targets = dict.fromkeys(range(sweep.every * unit, end + 1, sweep.every * unit))
+        if not targets:
+            raise ValueError(
+                f"the first sweep is due after step {sweep.every * unit}, but none is made after step {end} (the end "
+                "of the run, or sweep.last); lower sweep.every, raise sweep.last, or train longer"
+            )
     if max(targets, default=0) > total_steps:
         raise ValueError(
             f"the last sweep is due after step {max(targets)}, but the run ends after {total_steps} "

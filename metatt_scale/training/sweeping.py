@@ -80,14 +80,14 @@ def perform_sweep(
     def compute() -> Message:
         swept = sweep(current, canonical=how.form == "canonical", **rule)
         new = balance(swept.cores) if how.gauge == "balanced" else swept.cores
-        if target is not None:
-            wanted = (target,) * len(swept.cuts) if isinstance(target, int) else target
+        wanted = (target,) * len(swept.cuts) if isinstance(target, int) else target or ()
+        if wanted:
             new = enrich(new, wanted, torch.Generator().manual_seed(seed))
         new32 = [core.float() for core in new]
         named = {f"core_{k}": core for k, core in enumerate(new32)}
         if how.moments == "transport":
             named |= _transported(moments, old, [core.double() for core in new32])
-        report = _report(cuts or swept.cuts, old, new, old_spec, adapter.targets)
+        report = {**_report(cuts or swept.cuts, old, new, old_spec, adapter.targets), **_remarks(how, rule, wanted)}
         return report | {"seconds": _short(time.perf_counter() - started)}, named
 
     report, tensors = world.from_first(compute)
@@ -97,9 +97,6 @@ def perform_sweep(
         moments=[_named(tensors, f"adam_{k}_") for k in indices],
         report=report,
     )
-
-
-# ---- sensitivity
 
 
 def _before_the_cut(
@@ -117,19 +114,23 @@ def _before_the_cut(
         return *optimise_bonds(recipe, caps, adapter, old, world, gradients), {}
     rule = {"max_ranks": caps, "min_rank": how.min_rank, "max_discarded_weight": how.max_discarded_weight}
     if how.importance == "sensitivity":
-        canonical, scores = _probe(how.probe_batches, adapter, old, world, gradients)
-        return canonical, None, {**rule, "scores": scores}
+        canonical, rule["scores"] = _probe(how.probe_batches, adapter, old, world, gradients)
+        return canonical, None, rule
     return old, None, rule
+
+
+# ---- sensitivity
 
 
 def _probe(
     count: int, adapter: ChainAdapter, old: list[Tensor], world: World, gradients: Gradients
-) -> tuple[list[Tensor], Scores]:
+) -> tuple[list[Tensor], Scores | None]:
     """Bring the adapter to canonical form and measure gradients on its bonds, with all cores frozen.
 
     Returns the canonical chain, and what its singular values are worth: the mean over the probes of |s dL/ds|. In a
     right-canonical chain the part of the tensor that belongs to a right singular vector v is what X = v v^T on the
     bond leaves of it, so s dL/ds = v^T (dL/dX at X = 1) v (for matrices AdaLoRA, Zhang et al. 2023, has |w dL/dw|).
+    None where no gradient was finite: a run that may yet recover is not ended by its sweep.
     """
     cores = world.tensors_from_first(lambda: canonicalise(old, 0))
     adapter.set_cores(cores)
@@ -143,10 +144,7 @@ def _probe(
                 on_bond.append(x_KK.to("cpu", torch.float64))
         adapter.zero_grad(set_to_none=True)
     if not bonds[0]:
-        raise ValueError(
-            f"sweep.importance: sensitivity found no finite gradient in {count} batches; set sweep.importance: "
-            "magnitude, or lower training.learning_rate"
-        )
+        return cores, None
 
     def scores(bond: int, s_K: Tensor, vh_KK: Tensor) -> Tensor:
         return torch.stack([((vh_KK @ x_KK) * vh_KK).sum(1).abs() for x_KK in bonds[bond]]).mean(0)
@@ -206,6 +204,18 @@ def _report(
         "measured_rel_error": _short(float(norm(difference)) / size) if size else 0.0,
         "used_rel_error": _short(norm_in_use(wide, difference, targets) / in_use) if in_use else 0.0,
     }
+
+
+def _remarks(how: SweepRecipe, rule: dict[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
+    """Return what else a reader of the account must know."""
+    remarks: dict[str, Any] = {}
+    if how.local_steps:  # the chain was trained between its cuts: what they cut says nothing of the change
+        remarks["predicted_rel_error"] = None
+    if wanted:  # wider than modes and neighbours make useful, maybe
+        remarks["ranks_wanted"] = list(wanted)
+    if how.importance == "sensitivity":
+        remarks["by"] = "magnitude: no gradient was finite" if rule["scores"] is None else "sensitivity"
+    return remarks
 
 
 def numbers(values: Tensor) -> list[float]:

@@ -204,6 +204,7 @@ def test_sensitivity_is_the_slope_of_the_loss(tmp_path):
     old = [core.detach().clone() for core in trainer.adapter.cores]
     gradients = lambda i: trainer._gradient(i)[-1]  # noqa: E731
     cores, scores = sweeping._probe(1, trainer.adapter, old, trainer.world, gradients)
+    assert scores is not None
     for bond in range(3):
         left = canonicalise(cores, bond)[bond].flatten(0, 1)
         _, s, vh = torch.linalg.svd(left, full_matrices=False)
@@ -258,3 +259,41 @@ def test_local_steps_lower_the_loss_and_keep_the_ranks(tmp_path):
     trainer.adapter.set_cores([core.float() for core in cores])
     assert loss() < 0.95 * before
     assert all(s.isfinite().all() for s in singular_values(cores))
+
+
+# ---- what fresh eyes found
+
+
+def test_a_sweep_before_the_chain_has_moved_keeps_its_start(tmp_path):
+    """Step 1 has a learning rate of zero: the chain is zero, and SVDs of it would leave one slice of each core."""
+    sweep = {"unit": "step", "schedule": [{"after": 1, "rank": 3}]}
+    trainer = make_trainer(toy_recipe(tmp_path, adapter={"rank": 4}, sweep=sweep))
+    one_step(trainer)
+    report = {}
+    trainer._sweep_if_due(report)
+    _, *others = (core.detach().norm(dim=(0, 2)) for core in trainer.adapter.cores)
+    assert report["ranks"] == [3, 3, 3] and all((slices[:2] > 0.1).all() for slices in others)
+    assert trainer._gradient(1)[-1].read().gradient_norm > 0.1
+
+
+def test_the_best_cores_have_the_ranks_that_were_asked_for(tmp_path):
+    sections = {"training": {**STEPS, "keep": "best", "eval_every": 1}, "adapter": {"rank": 4}}
+    recipe = toy_recipe(tmp_path, sweep={"unit": "step", "schedule": [{"after": 12, "rank": 1}]}, **sections)
+    assert train(recipe, quiet()).adapter.spec.ranks == (1, 1, 1)
+
+
+def test_no_finite_gradient_means_size_decides(tmp_path, monkeypatch):
+    sweep = {**SCHEDULE, "importance": "sensitivity", "probe_batches": 2}
+    trainer = make_trainer(toy_recipe(tmp_path, adapter={"rank": 4}, training=STEPS, sweep=sweep))
+    for _ in range(4):
+        one_step(trainer)
+    finite = trainer.objective.loss_sum
+    monkeypatch.setattr(type(trainer.objective), "loss_sum", lambda self, batch: finite(batch) * float("nan"))
+    report = {}
+    trainer._sweep_if_due(report)
+    assert report["ranks"] == [3, 3, 3] and report["sweep"]["by"] == "magnitude: no gradient was finite"
+
+
+def test_a_rule_without_a_sweep_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="first sweep is due after step 200, but none is made after step 100"):
+        plan_of(tmp_path, max_discarded_weight=0.1, every=20)

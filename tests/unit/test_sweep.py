@@ -122,6 +122,7 @@ def test_the_true_rank_is_found():
 def test_zero_chains_keep_type_and_ranks(canonical):
     zero = [torch.zeros(1, 5, 3), torch.randn(3, 4, 3), torch.randn(3, 6, 1)]
     swept = sweep(zero, max_discarded_weight=0.1, max_ranks=2, canonical=canonical)
+    assert (swept.cores[1].norm(dim=(0, 2)) > 0.1).all(), "no slice of the start is lost"
     assert ranks(swept.cores) == (2, 2) and swept.predicted_error == 0
     assert swept.cores[0].dtype == torch.float32 and materialise(swept.cores).norm() == 0
     assert all(torch.isfinite(core).all() for core in [*swept.cores, *balance(swept.cores)])
