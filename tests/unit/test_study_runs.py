@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from metatt_scale.cli import main
 from metatt_scale.study import command
 from metatt_scale.study.outcome import collect
 from metatt_scale.study.runs import open_study
+from metatt_scale.training.signals import SIGNALS
 from tests.studies import CHOOSE, MACHINE, fake_commands, lines_of, study, write_study
 
 
@@ -75,6 +77,12 @@ def test_the_best_is_one_with_the_ranks_of_the_last_evaluation(tmp_path, monkeyp
         "eval_accuracy": {"last": 0.5, "best": 0.6, "per_epoch": [0.9, 0.8, 0.6, None, 0.5]},
         "eval_loss": {"last": 0.5, "best": 0.4, "per_epoch": [None, 0.3, 0.7, 0.4, 0.5]},
     }
+
+
+def test_a_study_and_its_runs_stop_at_the_same_signals():
+    assert command._SIGNALS == SIGNALS
+    code = "import sys, metatt_scale.study.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "why it does not import them"
 
 
 def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch):
