@@ -284,13 +284,13 @@ class Recipe(Section):
 
 
 def only_language_models(recipe: Recipe, command: str) -> None:
-    """Refuse a recipe with a classifier for what makes or weighs text.
+    """Refuse a recipe with a classifier for what makes or weighs text, or counts its costs.
 
     Raises:
         ValueError: it has one.
     """
     if recipe.classifier is not None:
-        raise ValueError(
-            f"`{command}` is for language models, but this recipe has a `classifier`; its scores are eval_loss, "
-            "eval_accuracy and eval_f1 in metrics.jsonl"
-        )
+        remedy = "give a recipe without one"
+        if command == "evaluate":
+            remedy = "its scores are eval_loss, eval_accuracy and eval_f1 in metrics.jsonl"
+        raise ValueError(f"`{command}` is for language models, but this recipe has a `classifier`; {remedy}")

@@ -86,7 +86,9 @@ class Group:
         bonds = max((len(line.get("spectra") or ()) for run in self.runs for line in run.lines), default=0)
         result = []
         for bond in range(bonds):
-            steps, table_RTS = self._table(lambda line, bond=bond: (line.get("spectra") or [()] * bonds)[bond])
+            steps, table_RTS = self._table(
+                lambda line, bond=bond: found[bond] if bond < len(found := line.get("spectra") or ()) else ()
+            )
             mean_TS, _ = mean_and_error(table_RTS)
             there = np.isfinite(mean_TS).any(axis=1)
             result.append((self.x(steps)[there], mean_TS[there]))

@@ -4,14 +4,51 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from metatt_scale.recipe import Recipe, load_recipe
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Sizes = Annotated[list[Annotated[int, Field(ge=1, lt=2**53)]], Field(min_length=1)]
+_Numbers = Annotated[list[float | None], Field(min_length=1)]
+
+
+class _Form(BaseModel):
+    """What is there must have this form; where a null stands, or a number of no interest, nothing is asked."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _SweepForm(_Form):
+    ranks_before: _Sizes | None = None
+    ranks_after: _Sizes | None = None
+
+
+class _LineForm(_Form):
+    step: _Whole
+    epoch: _Whole
+    ranks: _Sizes | None = None
+    sweep: _SweepForm | None = None
+    gradient_norms: dict[str, _Numbers] | None = None
+    spectra: Annotated[list[_Numbers], Field(min_length=1)] | None = None
+
+    def bonds(self) -> set[int]:
+        """Return how many bonds the line speaks of: one number, if it is right."""
+        sweep = self.sweep or _SweepForm()
+        return {len(found) for found in (self.ranks, sweep.ranks_before, sweep.ranks_after, self.spectra) if found}
+
+
+class _DescriptionForm(_Form):
+    sizes: _Sizes | None = None
+    ranks: _Sizes | None = None
+    modes: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +60,7 @@ class Run:
     lines: tuple[dict[str, Any], ...]
     """Lines of metrics.jsonl in the order of their steps."""
     passed_over: int
-    """Lines that could not be read, such as the one a killed run was writing."""
+    """Lines that could not be read, such as the one a killed run was writing, or of another form than ours."""
     description: Mapping[str, Any]
     """adapter/metatt.json; empty where the run has not finished."""
 
@@ -99,21 +136,29 @@ def _read_run(folder: Path) -> Run:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines in the order of steps, the later one where a step stands twice, and how many were no step."""
-    found, passed_over = {}, 0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    """Return the lines in the order of steps, the later one where a step stands twice, and how many were passed over.
+
+    A line is passed over that is no step, or whose chain has another number of bonds than most lines have.
+    """
+    read: list[tuple[dict[str, Any], set[int]]] = []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for text in texts:
         try:
             line = json.loads(text)
-            found[int(line["step"])] = line | {"epoch": int(line["epoch"])}
-        except (ValueError, KeyError, TypeError, RecursionError):
-            passed_over += 1
-    return [found[step] for step in sorted(found)], passed_over
+            read.append((line, _LineForm.model_validate(line).bonds()))
+        except (ValueError, RecursionError):
+            continue
+    usual = {bonds for bonds, _ in Counter(next(iter(b)) for _, b in read if len(b) == 1).most_common(1)}
+    lines = [line for line, bonds in read if bonds <= usual]
+    found = {line["step"]: line for line in lines}
+    return [found[step] for step in sorted(found)], len(texts) - len(lines)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     """Return an adapter's description; a report does without one that is missing or damaged."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
+        _DescriptionForm.model_validate(description)
     except (OSError, ValueError, RecursionError):
         return {}
-    return description if isinstance(description, dict) else {}
+    return description

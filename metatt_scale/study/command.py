@@ -28,6 +28,7 @@ _PAUSE_SECONDS = 0.1
 _STOPPED = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM)
 """Exit codes of a run that was stopped as we asked."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Those of training/signals.py (a test holds it), which to import would load torch beside the runs."""
 
 
 def add_study(commands: Any) -> None:

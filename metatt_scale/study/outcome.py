@@ -32,7 +32,8 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
     if not is_trained(run):
         raise ValueError(f"{run.folder} was trained with other settings: the recipe changed while the study ran")
     metrics, score = run.folder / "metrics.jsonl", opened.study.score
-    scores = {**_evaluations(metrics, score), **_task_scores(run.folder / "results.json", opened.tasks(run))}
+    evaluations = _evaluations(metrics, score)
+    scores = {**_numbers(evaluations, score), **_task_scores(run.folder / "results.json", opened.tasks(run))}
     if missing := [name for name in opened.numbers(run) if name not in scores]:
         raise ValueError(
             f"{metrics} has no {', '.join(missing)}; it has {', '.join(scores) or 'no evaluations'}. Name one of "
@@ -47,7 +48,7 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
         "scores": scores,
         "seconds": round(seconds, 1),
         "trainable_parameters": description["trainable_parameters"],
-        "ranks": description["ranks"],
+        "ranks": (_ranks(evaluations[-1]) if evaluations else None) or description["ranks"],
         **machine,
     }
 
@@ -56,17 +57,34 @@ def _description(run: Run) -> dict[str, Any]:
     return json.loads((run.folder / "adapter" / "metatt.json").read_text(encoding="utf-8"))
 
 
-def _evaluations(metrics: Path, score: Score) -> dict[str, Any]:
-    """Return every number of the evaluations: the last, the best, and one by one."""
+def _evaluations(metrics: Path, score: Score) -> list[dict[str, Any]]:
+    """Return the lines that hold a number of an evaluation, or one that the study reports."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    names = dict.fromkeys(key for line in lines for key in line if key.startswith("eval_") or key in score.metrics)
+    return [line for line in lines if any(_is_number(key, score) for key in line)]
+
+
+def _numbers(evaluations: list[dict[str, Any]], score: Score) -> dict[str, Any]:
+    """Return every number of the evaluations: the last, the best, and one by one.
+
+    A sweep changes the ranks: the best is of those of the last evaluation, beside whose ranks it stands.
+    """
     found: dict[str, Any] = {}
-    for name in names:
-        values = [line[name] for line in lines if name in line]
-        finite = [value for value in values if value is not None]
+    for name in dict.fromkeys(key for line in evaluations for key in line if _is_number(key, score)):
+        values = [line[name] for line in evaluations if name in line]
+        comparable = [line[name] for line in evaluations if name in line and _ranks(line) == _ranks(evaluations[-1])]
+        finite = [value for value in comparable if value is not None]
         best = (max if score.prefers_more(name) else min)(finite) if finite else None
         found[name] = {"last": values[-1], "best": best, "per_epoch": values}
     return found
+
+
+def _is_number(key: str, score: Score) -> bool:
+    return key.startswith("eval_") or key in score.metrics
+
+
+def _ranks(line: dict[str, Any]) -> list[int] | None:
+    """Return the ranks that a line's evaluation had: where its step ends with a sweep, those after it."""
+    return line.get("ranks")
 
 
 def _task_scores(results: Path, tasks: Sequence[str]) -> dict[str, Any]:

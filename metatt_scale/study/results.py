@@ -6,13 +6,49 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metatt_scale.files import fsync_folder, naming, write_text
+from metatt_scale.recipe.explain import show
 from metatt_scale.study.runs import Run
 
 Line = dict[str, Any]
 Key = tuple[str, int, str | None]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Form(BaseModel):
+    """What a line must hold, so that nothing that reads it later meets something else; more may stand beside it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _ScoreForm(_Form):
+    last: _Number | None
+    best: _Number | None
+    per_epoch: list[_Number | None]
+
+
+class _RunForm(_Form):
+    arm: str
+    seed: int
+    tried: str | None
+    digest: str
+    overrides: list[str]
+    scores: dict[str, _ScoreForm]
+    seconds: _Number
+    trainable_parameters: int
+    ranks: list[int]
+    git_commit: str | None = None
+
+
+class _ChoiceForm(_Form):
+    arm: str
+    chosen: str
+    by: str
+    means: dict[str, _Number | None]
 
 
 class Results:
@@ -37,12 +73,13 @@ class Results:
                 continue
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError) as error:
                 if number == len(lines) and not text.endswith("\n"):
                     self.cut_short = line
                     break
                 raise ValueError(
-                    f"{path}, line {number}: not a line of results ({error!r}); mend it, or take the file from git"
+                    f"{path}, line {number}: not a line of results ({_problem(error)}); mend it, or take the file "
+                    "from git"
                 ) from None
             self._whole.append(line)
         self._must_repair = bool(text) and not text.endswith("\n")
@@ -96,13 +133,25 @@ class Results:
         self._take(line)
 
     def _take(self, line: Line) -> None:
+        if not isinstance(line, dict):
+            raise ValueError(f"it is {show(line)}; it must be a JSON object")
         if "chosen" in line:
+            _ChoiceForm.model_validate(line)
             self._choices[line["arm"]] = line
             return
-        for key, kind in (("digest", str), ("overrides", list), ("scores", dict), ("seconds", (int, float))):
-            if not isinstance(line[key], kind):
-                raise TypeError(f"`{key}` is {line[key]!r}")
+        _RunForm.model_validate(line)
         self._runs[line["arm"], line["seed"], line["tried"]] = line
+
+
+def _problem(error: Exception) -> str:
+    """Return the first thing that is wrong with a line: the key, what it is, and what it must be."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"`{key}` is missing"
+    return f"`{key}` is {show(first['input'])}; {first['msg'].replace('Input should', 'it must')}"
 
 
 def _shown(overrides: Iterable[str]) -> str:

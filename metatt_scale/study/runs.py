@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from metatt_scale.recipe import Recipe, RecipeError, check, load_recipe, read_mapping
+from metatt_scale.recipe import DataRecipe, Recipe, RecipeError, check, load_recipe, read_mapping
 from metatt_scale.study.schema import Study
 
 _OWN = ("seed", "output_dir")
@@ -201,8 +201,7 @@ def _check_apart(opened: OpenStudy, trial: Recipe, reported: Run, path: Path) ->
     if not opened.study.score.metrics:
         return
     scored = resolve(opened.recipe, reported.overrides).data
-    where = {(source.path, source.split) for source in scored.validation}
-    if scored.validation_size or where & {(source.path, source.split) for source in trial.data.validation}:
+    if scored.validation_size or _places(scored) & _places(trial.data):
         what = "records split off data.train" if scored.validation_size else "the records of data.validation"
         remedy = (
             "name files of their own under data.validation"
@@ -213,3 +212,11 @@ def _check_apart(opened: OpenStudy, trial: Recipe, reported: Run, path: Path) ->
             f"{path}: arm {reported.arm} would choose {opened.study.choose and opened.study.choose.key} on {what}, "
             f"which are also reported; {remedy}"
         )
+
+
+def _places(data: DataRecipe) -> set[tuple[Path, str]]:
+    """Return where the validation records come from, however it is spelt: a file has no splits, a hub id has."""
+    paths = ((Path(source.path).expanduser().resolve(), source.split) for source in data.validation)
+    return {
+        (path, "" if path.suffix in (".json", ".jsonl", ".gz") or path.exists() else split) for path, split in paths
+    }

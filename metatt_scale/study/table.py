@@ -16,8 +16,9 @@ from metatt_scale.study.statistics import Mean, difference, mean_of
 _MARKS = ("**", "_")
 _LEGEND = (
     "Mean over seeds of the last evaluation ± standard error, and half-width of its 95 % interval (Student's t).\n"
-    "The columns `best` are means of each run's best evaluation, the paper's per-trial maximum: chosen on the very\n"
-    "records it is reported on, it is too good by nature. Best arm **bold**, second _italic_."
+    "The columns `best` are means of each run's best evaluation among those with the ranks of its last one (the\n"
+    "`ranks at the end`), the paper's per-trial maximum: chosen on the very records it is reported on, it is too\n"
+    "good by nature. Best arm **bold**, second _italic_."
 )
 
 

@@ -302,9 +302,9 @@ def test_commands_for_language_models_say_so(tmp_path, capsys):
         ["benchmark", file],
     ):
         assert main(arguments) == 2
-        assert (
-            f"`{arguments[0]}` is for language models, but this recipe has a `classifier`" in capsys.readouterr().err
-        )
+        error = capsys.readouterr().err
+        assert f"`{arguments[0]}` is for language models, but this recipe has a `classifier`; " in error
+        assert ("metrics.jsonl" in error) == (arguments[0] == "evaluate")
     assert main(["export", folder, "--to", "lora"]) == 2
     assert "--to lora: this run is a classifier" in capsys.readouterr().err
 

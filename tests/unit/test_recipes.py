@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from metatt_scale.data.records import Fields, open_source, read_records
 from metatt_scale.recipe import Recipe, dump_recipe, load_recipe
 from metatt_scale.recipe.architectures import architecture_file, architecture_names
 from metatt_scale.recipe.load import parse_yaml
@@ -223,3 +224,22 @@ def test_architecture_has_the_published_number_of_parameters(name: str):
             model = AutoModelForCausalLM.from_config(config)
     assert type(model).__name__.removesuffix("Model") in facts["architectures"][0]
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("task", ["mrpc", "rte"])
+def test_the_command_that_fetches_sentences_writes_what_the_recipe_reads(task, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"sentence1": f"\u00e4 {i}", "sentence2": "b\nc", "label": i % 2, "idx": i} for i in range(3)]
+    known = {("nyu-mll/glue", task): {name: datasets.Dataset.from_list(rows) for name in ("train", "validation")}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *which: known[which])
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "recipes" / f"minilm_{task}.yaml"
+    (command,) = re.findall(r"^# python -c '(.*)'$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    exec(command, {})
+    data = load_recipe(path).data
+    fields = Fields(tuple(data.text_fields), data.label_field, 2)
+    for source in (*data.train, *data.validation):
+        assert Path(source.path).read_bytes().startswith(b"\x1f\x8b")
+        assert [
+            record for record, _ in read_records(open_source(source), data.format, pytest.fail, None, fields)
+        ] == rows

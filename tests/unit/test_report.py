@@ -13,6 +13,8 @@ import pytest
 from metatt_scale.cli import main
 from metatt_scale.report.groups import Group, make_groups, mean_and_error, span
 from metatt_scale.report.runs import read_runs
+from metatt_scale.report.scores import is_loss
+from metatt_scale.study.schema import Score
 
 EPOCHS, STEPS = 6, 4
 """Steps are of an epoch; every second is logged."""
@@ -248,6 +250,40 @@ def test_lines_that_are_none_are_passed_over(tmp_path):
     assert found.last["loss"] == 7.0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranks": 7},
+        {"ranks": [2, "2", 2]},
+        {"ranks": [2, 2]},
+        {"gradient_norms": [1]},
+        {"gradient_norms": {"input": 1.0}},
+        {"spectra": 4},
+        {"spectra": [[1.0]]},
+        {"spectra": [["a"]] * 3},
+        {"sweep": 3},
+        {"sweep": {"ranks_after": 4}},
+        {"step": "24"},
+        {"step": True},
+        {"epoch": None},
+    ],
+    ids=str,
+)
+def test_lines_of_another_form_are_passed_over(tmp_path, change):
+    lines = list(lines_of("swept", 1))
+    run = make_run(tmp_path / "a", "swept", lines=[lines[0] | change, *lines[1:], lines[-1] | change], finished=False)
+    (found,) = read_runs([run])
+    assert list(found.lines) == lines[1:] and found.passed_over == 2
+
+
+def test_runs_whose_chains_differ_in_length_have_a_report(tmp_path, capsys):
+    """One recipe gives chains of one length; a folder that was edited may tell another."""
+    short = [line | {"ranks": [4], "spectra": [[1.0, 0.5]]} for line in lines_of("fixed", 2)]
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=2, lines=short, finished=False)]
+    (runs[0] / "adapter" / "metatt.json").write_text('{"sizes": 7, "modes": 3}')
+    assert report(*runs, "--out", tmp_path / "out") == 0, capsys.readouterr().err
+
+
 def test_groups_are_called_after_what_differs(tmp_path):
     other = {"path": "random:llama2_7b"}
     runs = [
@@ -310,6 +346,11 @@ def test_only_a_report_is_replaced(tmp_path, capsys):
     assert report(run, "--out", out) == 0 and not (out / "spectra-9-dark.png").exists()
     (out / "notes.txt").write_text("mine")
     assert report(run, "--out", out) == 2 and "holds notes.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["loss", "eval_loss", "eval_accuracy", "eval_f1", "eval_lossless", "closs_rate"])
+def test_a_report_and_a_study_agree_on_which_way_is_good(key):
+    assert is_loss(key) != Score(metrics=(key,)).prefers_more(key)
 
 
 def test_statistics():

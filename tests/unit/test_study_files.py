@@ -42,6 +42,10 @@ BAD = {
         {"choose": {**CHOOSE, "overrides": []}},
         "arm rank2 would choose training.learning_rate on the records of data.validation, which are also reported",
     ),
+    "choice on what is reported, spelt otherwise": (
+        {"choose": {**CHOOSE, "overrides": ["data.validation=[{path: ./x/../validation.json, split: test}]"]}},
+        "on the records of data.validation, which are also reported",
+    ),
     "choice beside a split": (
         {"choose": CHOOSE, "base": ["data.validation=[]", "data.validation_size=9"]},
         "on records split off data.train, which are also reported; name files of their own",

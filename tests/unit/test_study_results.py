@@ -1,6 +1,7 @@
 """The results file: appended, durable, and mended where a crash cut it short."""
 
 import json
+import math
 
 import pytest
 
@@ -9,11 +10,13 @@ from metatt_scale.study.results import Results
 from metatt_scale.study.runs import open_study
 from tests.studies import lines_of, study, write_study
 
+LEARNED = {"trainable_parameters": 2000, "ranks": [2, 2, 2]}
+
 
 def line(run, **more):
     scores = {"eval_accuracy": {"last": 0.5, "best": 0.5, "per_epoch": [0.5]}}
     known = {"arm": run.arm, "seed": run.seed, "tried": run.tried, "digest": run.digest}
-    return {**known, "overrides": list(run.overrides), "scores": scores, "seconds": 1.0, **more}
+    return {**known, "overrides": list(run.overrides), "scores": scores, "seconds": 1.0, **LEARNED, **more}
 
 
 @pytest.fixture
@@ -59,6 +62,31 @@ def test_a_broken_line_inside_is_told_with_its_number(opened, bad):
     opened.results.write_text(f"{json.dumps(line(opened.reported('rank2', None, 1)))}\n{bad}\n")
     with pytest.raises(ValueError, match=r"toy\.jsonl, line 2: not a line of results .*; mend it, or take the file"):
         Results(opened.results)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scores": {"a": {"lst": 0.5, "best": 0.5, "per_epoch": []}}}, "`scores.a.last` is missing"),
+        ({"scores": {"a": 0.5}}, "`scores.a` is 0.5; it must be a valid dictionary"),
+        ({"scores": {"a": {"last": "0.5", "best": None, "per_epoch": []}}}, '`scores.a.last` is "0.5"; it must be a'),
+        ({"scores": {"a": {"last": math.nan, "best": None, "per_epoch": []}}}, "it must be a finite number"),
+        ({"ranks": None}, "`ranks` is null; it must be a valid list"),
+        ({"trainable_parameters": None}, "`trainable_parameters` is null; it must be a valid integer"),
+        ({"seed": "1"}, '`seed` is "1"; it must be a valid integer'),
+        ({"seconds": True}, "`seconds` is true; it must be a valid number"),
+        ({"git_commit": 7}, "`git_commit` is 7; it must be a valid string"),
+        ({"chosen": "a=1", "by": "eval_loss", "means": {"a=1": "low"}}, '`means.a=1` is "low"'),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_a_line_edited_by_hand_is_told_by_its_key(opened, change, said):
+    good = line(opened.reported("rank2", None, 1))
+    opened.results.parent.mkdir()
+    opened.results.write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n")
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 2: not a line of results") as caught:
+        Results(opened.results)
+    assert said in str(caught.value) and "mend it, or take" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_result_of_another_definition_is_refused(opened):

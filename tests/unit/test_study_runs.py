@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,9 @@ import pytest
 
 from metatt_scale.cli import main
 from metatt_scale.study import command
+from metatt_scale.study.outcome import collect
+from metatt_scale.study.runs import open_study
+from metatt_scale.training.signals import SIGNALS
 from tests.studies import CHOOSE, MACHINE, fake_commands, lines_of, study, write_study
 
 
@@ -55,6 +59,30 @@ def test_all_runs_end_in_one_table(tmp_path, monkeypatch):
     assert [row["arm"] for row in rows] == ["rank2", "rank4"] and rows[0]["seeds"] == "1 2 3"
     assert float(rows[1]["eval_accuracy"]) == pytest.approx(0.042)
     assert float(rows[1]["eval_accuracy_half_width_95"]) == pytest.approx(4.302653e-3 / 3**0.5, rel=1e-6)
+
+
+def test_the_best_is_one_with_the_ranks_of_the_last_evaluation(tmp_path, monkeypatch):
+    """A sweep changes the ranks: a score of larger ones is no result of the small ones that a run ends with."""
+    path = write_study(tmp_path, monkeypatch, seeds=[1])
+    assert study(path)[0] == 0
+    opened = open_study(path)
+    run = opened.reported("rank4", None, 1)
+    told = [(8, 0.9, None), (8, 0.8, 0.3), (4, 0.6, 0.7), (4, None, 0.4), (4, 0.5, 0.5)]
+    lines = [{"step": 1, "loss": 2.0, "ranks": [9] * 3}]
+    lines += [{"ranks": [rank] * 3, "eval_accuracy": accuracy, "eval_loss": loss} for rank, accuracy, loss in told]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
+    line = collect(opened, run, 1.0, MACHINE)
+    assert line["ranks"] == [4] * 3
+    assert line["scores"] == {
+        "eval_accuracy": {"last": 0.5, "best": 0.6, "per_epoch": [0.9, 0.8, 0.6, None, 0.5]},
+        "eval_loss": {"last": 0.5, "best": 0.4, "per_epoch": [None, 0.3, 0.7, 0.4, 0.5]},
+    }
+
+
+def test_a_study_and_its_runs_stop_at_the_same_signals():
+    assert command._SIGNALS == SIGNALS
+    code = "import sys, metatt_scale.study.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "why it does not import them"
 
 
 def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch):
