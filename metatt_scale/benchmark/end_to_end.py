@@ -57,7 +57,10 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
 
 
 def adjusted(recipe: Recipe, settings: Settings) -> Recipe:
-    """Return the recipe with the loss on answers only, as many steps as are measured, and no other work between."""
+    """Return the recipe with the loss on answers only, as many steps as are measured, and no other work between.
+
+    Sweeps are other work too, and after them the chain would have other ranks than the row's name says.
+    """
     steps = (_WARM_UP_BLOCKS + settings.repeats) * settings.block_steps
     training = {"max_steps": steps, "eval_every": "never", "save_every": "never", "keep": "last"}
     training["early_stopping_patience"] = None
@@ -66,6 +69,7 @@ def adjusted(recipe: Recipe, settings: Settings) -> Recipe:
             "data": recipe.data.model_copy(update={"train_on_inputs": False}),
             "training": recipe.training.model_copy(update=training),
             "logging": recipe.logging.model_copy(update={"trackers": ()}),
+            "sweep": None,
         }
     )
 
@@ -126,7 +130,7 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     absent = () if has_trl() else ("TRL is not installed, so its SFTTrainer is left out (`pip install trl`).",)
     return (
         f"real tokens per second of the training loop, optimizer included, in turns of {settings.block_steps} steps; "
-        "checkpoints and evaluation are off, loss on answers only (data.train_on_inputs: false).",
+        "checkpoints, evaluation and sweeps are off, loss on answers only (data.train_on_inputs: false).",
         "Trainer: the same tokenised records, batches grouped by length and padded to their longest, mixed precision "
         "as backbone.dtype says.",
         *absent,

@@ -14,6 +14,7 @@ from metatt_scale.backbone import byte_tokenizer, load_backbone
 from metatt_scale.benchmark import generation
 from metatt_scale.benchmark.arithmetic import Size
 from metatt_scale.benchmark.arms import LORA_RANKS, Work, builders, random_batch, twin
+from metatt_scale.benchmark.end_to_end import adjusted
 from metatt_scale.benchmark.memory import held_bytes, peak_bytes
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.sweep import truncate_dense, truncate_product
@@ -242,6 +243,18 @@ def test_table_end_to_end(recipe_file):
     assert (ours["trained"], trainer["trained"]) == (TRAINED["MetaTT-4D r=4"], TRAINED["LoRA r=8"])
     assert ours["tokens"] == trainer["tokens"] and len(set(ours["tokens"])) == 1 and len(ours["seconds"]) == 2
     assert report["settings"]["recipe"]["data"]["train_on_inputs"] is False
+
+
+def test_nothing_but_steps_is_measured_end_to_end(tmp_path):
+    recipe = toy_recipe(
+        tmp_path,
+        sweep={"unit": "step", "schedule": [{"after": 2, "rank": 2}]},
+        training={"eval_every": 1, "save_every": 1, "early_stopping_patience": 1, "keep": "best"},
+    )
+    measured = adjusted(recipe, Settings(repeats=3, block_steps=4))
+    training = measured.training
+    assert (training.eval_every, training.save_every, training.early_stopping_patience) == ("never", "never", None)
+    assert measured.sweep is None and training.max_steps == 4 * (1 + 3) and measured.adapter == recipe.adapter
 
 
 def test_both_sides_see_the_same_records(tmp_path):
