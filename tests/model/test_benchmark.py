@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -227,7 +228,9 @@ def test_table_of_steps(recipe_file, capsys):
     assert floor["time_ratio"] == {"median": 1, "smallest": 1, "largest": 1} and floor["bytes_over_frozen"] == 0
     assert report["settings"]["recipe"]["adapter"]["target_modules"] == ["q_proj", "v_proj"]
 
-    checkpointed = run(recipe_file, "backbone.gradient_checkpointing=true", "--targets", "o_proj, k_proj", *sizes)
+    checkpointed = run(
+        recipe_file, "backbone.gradient_checkpointing=true", "adapter.target_modules=[o_proj,k_proj]", *sizes
+    )
     trained = {row["arm"]: row["trained"] for row in checkpointed["rows"]}
     assert trained["LoRA r=8"] == 8 * (64 + 48) * 3
     assert checkpointed["settings"]["recipe"]["adapter"]["target_modules"] == ["o_proj", "k_proj"]
@@ -418,17 +421,45 @@ def test_table_of_the_wire_between_two_ranks(recipe_file, tmp_path):
         (["--ranks", "8,x"], "--ranks is '8,x'"),
         (["--ranks", "8,8"], "give different numbers"),
         (["--ranks", "0"], "numbers from 1 to 8192"),
-        (["--targets", " ,"], "--targets is ' ,'; give names"),
-        (["--targets", "qproj"], "'qproj' matches no module"),
+        (["adapter.target_modules=[qproj]", "--json", "new/a/out.json"], "'qproj' matches no module"),
         (["--json", "."], "--json is ., which is a folder"),
+        (["--json", ""], "--json is ''; give the name of a file, for example steps.json"),
+        (["--json", "recipe.yaml/out.json"], "recipe.yaml is a file and not a folder; give a file below a folder"),
+        (["--json", "x" * 230], "(File name too long); give --json a file in a folder that you may write to"),
         (["--table", "wire"], "start it with torchrun"),
     ],
 )
-def test_bad_arguments_are_one_message(recipe_file, arguments, says, capsys):
+def test_bad_arguments_are_one_message(recipe_file, arguments, says, capsys, monkeypatch):
+    monkeypatch.chdir(recipe_file.parent)
+    before = sorted(os.listdir())
     assert main(["benchmark", str(recipe_file), *arguments]) == 2
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and says in output.err and output.err.count("\n") == 1
-    assert output.out == ""
+    assert output.out == "" and sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("given", [[], ["--json", "new/out.json"]], ids=["default", "named"])
+def test_a_folder_that_takes_no_file_is_refused_first(recipe_file, given, monkeypatch, capsys):
+    def refuse(*arguments, **named):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    assert main(["benchmark", str(recipe_file), *given]) == 2
+    said = capsys.readouterr().err
+    assert ("--json is new/out.json, and" if given else "--json is not given, and") in said
+    assert "(Read-only file system); give --json a file in a folder that you may write to" in said
+
+
+def test_a_measured_table_is_printed_though_its_numbers_cannot_be_written(recipe_file, monkeypatch, capsys):
+    def fail(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("metatt_scale.benchmark.report.write_json", fail)
+    options = ("--table", "sweep", "--repeats", "1", "--ranks", "4", "--json", str(recipe_file.with_name("a.json")))
+    assert main(["benchmark", str(recipe_file), *options]) == 2
+    output = capsys.readouterr()
+    assert "MetaTT-4D r=4" in output.out and "raw numbers" not in output.out
+    assert "No space left on device" in output.err
 
 
 def test_only_the_wire_is_measured_by_several_processes(recipe_file, monkeypatch, capsys):
@@ -448,4 +479,12 @@ def test_settings_have_defaults_that_the_help_names(capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--help"])
     text = capsys.readouterr().out
-    assert "(8,16,64)" in text and f"({Settings().block_steps})" in text
+    text = " ".join(text.split())
+    assert "(8,16,64); for steps, sweep, wire, generation" in text
+    assert f"({Settings().block_steps}); for end_to_end" in text and "rounds that count (7) --" in text
+
+
+def test_overrides_are_not_required(capsys):
+    assert main(["benchmark"]) == 2
+    said = capsys.readouterr().err
+    assert "required: recipe" in said and "dotted.key" not in said
