@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
-from metatt_scale.benchmark.arms import LORA_RANKS
+from metatt_scale.benchmark.arms import LORA_RANKS, import_peft
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.timing import progress, ratios, seconds_of, turns
@@ -34,11 +33,10 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
     Raises:
         ValueError: PEFT is not installed, or what backbone, targets and records refuse.
     """
+    import_peft()
     recipe = adjusted(recipe, settings)
     show("tokenising")
     data = prepare(recipe.data, load_tokenizer(recipe.backbone), recipe.seed)  # type: ignore[arg-type]
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("the benchmark compares with PEFT, which is not installed; run `pip install peft`")
     names = ["ours", "trainer", *(["trl"] if has_trl() else [])]
     rows = _run(names, recipe, settings, show)
     for row in rows:

@@ -391,6 +391,23 @@ def test_generation_refuses_what_cannot_continue(tmp_path, recipe_file, config, 
     assert output.err.startswith("error: ") and says in output.err and output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        (GPT2, "--length is 65, but GPT2LMHeadModel has learned 64 positions; set --length to 64 or less"),
+        (
+            {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300},
+            "is not a causal language model that this toolkit can train (an encoder needs a `classifier`)",
+        ),
+    ],
+)
+def test_steps_refuse_what_training_refuses(tmp_path, recipe_file, config, says, capsys):
+    write_toy(tmp_path, config=config)
+    assert main(["benchmark", str(recipe_file), "--length", "65", "--repeats", "1"]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and says in output.err and output.err.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_table_of_the_wire_between_two_ranks(recipe_file, tmp_path):
     out = tmp_path / "wire.json"
@@ -469,9 +486,11 @@ def test_only_the_wire_is_measured_by_several_processes(recipe_file, monkeypatch
     assert "`benchmark --table steps` works in one" in capsys.readouterr().err
 
 
-def test_peft_is_named_where_it_is_missing(recipe_file, monkeypatch, capsys):
+@pytest.mark.parametrize("table", ["steps", "end_to_end", "generation"])
+def test_peft_is_named_where_it_is_missing_before_anything_is_loaded(recipe_file, table, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert main(["benchmark", str(recipe_file), "--repeats", "1"]) == 2
+    arguments = [f"backbone.path={recipe_file.parent / 'nowhere'}", "--table", table, "--repeats", "1"]
+    assert main(["benchmark", str(recipe_file), *arguments]) == 2
     assert "PEFT, which is not installed; run `pip install peft`" in capsys.readouterr().err
 
 
