@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from metatt_scale.benchmark.report import Report
 
 _WIDTH = 200
+_RUN_LAYERS = ("steps", "end_to_end", "generation")
+"""Tables that run the backbone's layers; the others only take sizes from it."""
 
 
 def run(recipe: Recipe, options: Namespace, console: Console) -> int:
@@ -31,6 +33,11 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
     """
     settings = read_settings(options)
     only_language_models(recipe, "benchmark")
+    if recipe.backbone.compile and options.table in _RUN_LAYERS:
+        raise ValueError(
+            f"backbone.compile is true, but --table {options.table} compiles no arm, so its numbers would be another "
+            "run's; add backbone.compile=false"
+        )
     file = _json_file(options)
     if not console.quiet:
         _check_place(file, options.json)

@@ -17,6 +17,7 @@ from metatt_scale.benchmark.arithmetic import Size
 from metatt_scale.benchmark.arms import LORA_RANKS, Work, builders, random_batch, twin
 from metatt_scale.benchmark.end_to_end import adjusted
 from metatt_scale.benchmark.memory import held_bytes, peak_bytes
+from metatt_scale.benchmark.report import describe_backbone
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.sweep import truncate_dense, truncate_product
 from metatt_scale.benchmark.timing import ratios, take_turns, turns
@@ -439,6 +440,7 @@ def test_table_of_the_wire_between_two_ranks(recipe_file, tmp_path):
         (["--ranks", "8,8"], "give different numbers"),
         (["--ranks", "0"], "numbers from 1 to 8192"),
         (["adapter.target_modules=[qproj]", "--json", "new/a/out.json"], "'qproj' matches no module"),
+        (["backbone.compile=true"], "--table steps compiles no arm, so its numbers would be another run's; add back"),
         (["--json", "."], "--json is ., which is a folder"),
         (["--json", ""], "--json is ''; give the name of a file, for example steps.json"),
         (["--json", "recipe.yaml/out.json"], "recipe.yaml is a file and not a folder; give a file below a folder"),
@@ -501,6 +503,13 @@ def test_settings_have_defaults_that_the_help_names(capsys):
     text = " ".join(text.split())
     assert "(8,16,64); for steps, sweep, wire, generation" in text
     assert f"({Settings().block_steps}); for end_to_end" in text and "rounds that count (7) --" in text
+
+
+def test_a_title_names_what_is_not_the_default(tmp_path):
+    plain = toy_recipe(tmp_path)
+    other = toy_recipe(tmp_path, backbone={"attention": "eager"}, adapter={"operator": "reference"})
+    assert describe_backbone(plain).endswith("checkpointing")
+    assert describe_backbone(other) == describe_backbone(plain) + ", attention eager, operator reference"
 
 
 def test_overrides_are_not_required(capsys):
