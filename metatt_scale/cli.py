@@ -176,7 +176,9 @@ def _add_export(commands: Any) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. training.max_steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. training.max_steps=100"
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -74,7 +74,7 @@ def folding_pays(bonds: tuple[int, int], targets: Sequence[Target], rows: int | 
     if item * p * wide > room:
         return False
     if rows is None:
-        return p <= q or p * wide <= q * wide + len(targets) * p * q
+        return p * wide <= q * wide + len(targets) * p * q
     return 3 * p * wide * (rows + q) < rows * (4 * p * q * len(targets) + 3 * q * wide)
 
 

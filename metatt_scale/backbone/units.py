@@ -66,7 +66,8 @@ def find_units(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 def compile_layers(model: PreTrainedModel) -> None:
     """Let torch.compile replace the forward of every layer at its first call, in place.
 
-    Layer by layer: all of them share one compilation, and hooks of checkpointing stay outside.
+    Layer by layer: those that look alike share one compilation; the first has its own where its input needs no
+    gradient. Checkpointing is a part of a layer's forward in transformers 5, and is compiled with it.
     """
     for _, layer in _members_of_lists(model, ""):
         layer.compile(dynamic=True)  # lengths differ from batch to batch

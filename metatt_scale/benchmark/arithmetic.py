@@ -81,7 +81,9 @@ class _Modules(nn.Module):
 
 
 def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
-    """Time the arithmetic of the recipe's own adapter, and with each of its sizes doubled.
+    """Time the arithmetic of MetaTT-4D at the recipe's sizes, and with each of them doubled.
+
+    The sizes are layers, projections, width and the largest rank; `adapter.kind` and the order of modes do not count.
 
     Raises:
         ValueError: what backbone and targets refuse.

@@ -109,7 +109,7 @@ def put_lora(model: PreTrainedModel, recipe: Recipe, rank: int, *, in_fp32: bool
     Raises:
         ValueError: PEFT is not installed.
     """
-    peft = _import_peft()
+    peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules=_paths(model, recipe))
     _tell_peft(model, recipe)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
@@ -153,7 +153,7 @@ def _lora(rank: int, *, in_fp32: bool = True) -> Build:
 
 
 def _vera(name: str, model: PreTrainedModel, work: Work) -> Arm:
-    peft = _import_peft()
+    peft = import_peft()
     frozen = [*model.parameters(), *model.buffers()]
     config = peft.VeraConfig(
         r=VERA_RANK, target_modules=_paths(model, work.recipe), projection_prng_key=work.recipe.seed
@@ -191,7 +191,12 @@ def _tell_peft(model: PreTrainedModel, recipe: Recipe) -> None:
         setattr(model, f"is_loaded_in_{bits}", True)
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """Return PEFT; tables call this first, before a backbone is loaded in vain.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         import peft
     except ImportError:

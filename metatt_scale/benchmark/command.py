@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,29 +12,35 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from metatt_scale.benchmark.settings import Settings, read_settings, read_targets
+from metatt_scale.benchmark.settings import Settings, read_settings
 from metatt_scale.recipe import Recipe, only_language_models
 
 if TYPE_CHECKING:
     from metatt_scale.benchmark.report import Report
 
 _WIDTH = 200
+_RUN_LAYERS = ("steps", "end_to_end", "generation")
+"""Tables that run the backbone's layers; the others only take sizes from it."""
 
 
 def run(recipe: Recipe, options: Namespace, console: Console) -> int:
-    """Measure one table, print it, and write everything behind it as JSON.
+    """Measure one table, print it, and then write everything behind it as JSON.
 
     Raises:
-        ValueError: an argument out of range, a package that is not installed, or what the recipe's backbone, targets
-            and records refuse.
-        OSError: the JSON file cannot be written.
+        ValueError: an argument out of range, a package that is not installed, no place for the JSON file, or what the
+            recipe's backbone, targets and records refuse.
+        OSError: the JSON file cannot be written after all; the table is printed by then.
     """
     settings = read_settings(options)
     only_language_models(recipe, "benchmark")
-    if options.targets is not None:
-        adapter = recipe.adapter.model_copy(update={"target_modules": read_targets(options.targets)})
-        recipe = recipe.model_copy(update={"adapter": adapter})
+    if recipe.backbone.compile and options.table in _RUN_LAYERS:
+        raise ValueError(
+            f"backbone.compile is true, but --table {options.table} compiles no arm, so its numbers would be another "
+            "run's; add backbone.compile=false"
+        )
     file = _json_file(options)
+    if not console.quiet:
+        _check_place(file, options.json)
     measure = _table(options.table)
     from metatt_scale.benchmark.report import as_table, write_report
 
@@ -40,25 +48,43 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
         report = measure(recipe, settings, lambda text: status.update(text))
     if console.quiet:  # another rank than the first
         return 0
-    write_report(file, report)
     if not console.is_terminal:
         console.width = _WIDTH  # a table in a file or a pipe need not break its lines
     console.print(as_table(report))
     for note in report.notes:
         console.print(f"- {note}", highlight=False, soft_wrap=True)
+    write_report(file, report)  # last: a full disk must not cost the table
     console.print(f"raw numbers: {file}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _json_file(options: Namespace) -> Path:
-    """Return where the numbers go; what is wrong with it should show before anything is measured."""
+    """Return where the numbers go."""
     if options.json is None:
         return Path(f"benchmark_{options.table}_{time.strftime('%Y%m%d-%H%M%S')}.json")
-    file = Path(options.json).expanduser()
-    if file.is_dir():
-        raise ValueError(f"--json is {options.json}, which is a folder; give the name of a file")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file
+    if not options.json.strip():
+        raise ValueError(f"--json is {options.json!r}; give the name of a file, for example {options.table}.json")
+    return Path(os.path.expanduser(options.json))
+
+
+def _check_place(file: Path, given: str | None) -> None:
+    """Refuse a place that takes no file, before anything is measured; nothing is left behind, no folder is made."""
+    said = "--json is not given" if given is None else f"--json is {given}"
+    try:
+        if file.is_dir():
+            raise ValueError(f"{said}, which is a folder; give the name of a file")
+        there = next(path for path in file.absolute().parents if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"{said}, but {there} is a file and not a folder; give a file below a folder")
+        # Really: what the bits of a mode say does not hold for root, for read-only mounts, and for names too long.
+        # The name is as long as that of the file which will be renamed (files.write_text).
+        tempfile.NamedTemporaryFile(dir=there, prefix=f".{file.name}.", suffix="-" * 24).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"{said}, and no such file can be made in {file.absolute().parent} ({reason}); give --json a file in a "
+            "folder that you may write to"
+        ) from None
 
 
 def _table(name: str) -> Callable[[Recipe, Settings, Callable[[str], None]], Report]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
-from metatt_scale.benchmark.arms import LORA_RANKS
+from metatt_scale.benchmark.arms import LORA_RANKS, import_peft
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.timing import progress, ratios, seconds_of, turns
@@ -34,11 +33,10 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
     Raises:
         ValueError: PEFT is not installed, or what backbone, targets and records refuse.
     """
+    import_peft()
     recipe = adjusted(recipe, settings)
     show("tokenising")
     data = prepare(recipe.data, load_tokenizer(recipe.backbone), recipe.seed)  # type: ignore[arg-type]
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("the benchmark compares with PEFT, which is not installed; run `pip install peft`")
     names = ["ours", "trainer", *(["trl"] if has_trl() else [])]
     rows = _run(names, recipe, settings, show)
     for row in rows:
@@ -57,7 +55,10 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
 
 
 def adjusted(recipe: Recipe, settings: Settings) -> Recipe:
-    """Return the recipe with the loss on answers only, as many steps as are measured, and no other work between."""
+    """Return the recipe with the loss on answers only, as many steps as are measured, and no other work between.
+
+    Sweeps are other work too, and after them the chain would have other ranks than the row's name says.
+    """
     steps = (_WARM_UP_BLOCKS + settings.repeats) * settings.block_steps
     training = {"max_steps": steps, "eval_every": "never", "save_every": "never", "keep": "last"}
     training["early_stopping_patience"] = None
@@ -66,6 +67,7 @@ def adjusted(recipe: Recipe, settings: Settings) -> Recipe:
             "data": recipe.data.model_copy(update={"train_on_inputs": False}),
             "training": recipe.training.model_copy(update=training),
             "logging": recipe.logging.model_copy(update={"trackers": ()}),
+            "sweep": None,
         }
     )
 
@@ -126,7 +128,7 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     absent = () if has_trl() else ("TRL is not installed, so its SFTTrainer is left out (`pip install trl`).",)
     return (
         f"real tokens per second of the training loop, optimizer included, in turns of {settings.block_steps} steps; "
-        "checkpoints and evaluation are off, loss on answers only (data.train_on_inputs: false).",
+        "checkpoints, evaluation and sweeps are off, loss on answers only (data.train_on_inputs: false).",
         "Trainer: the same tokenised records, batches grouped by length and padded to their longest, mixed precision "
         "as backbone.dtype says.",
         *absent,

@@ -14,7 +14,16 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from metatt_scale.adapter import ChainAdapter, inject, merge
 from metatt_scale.backbone import load_backbone, pick_device
-from metatt_scale.benchmark.arms import CHAINS, LORA_ALPHA, LORA_RANKS, chain_recipe, put_lora, random_batch, twin
+from metatt_scale.benchmark.arms import (
+    CHAINS,
+    LORA_ALPHA,
+    LORA_RANKS,
+    chain_recipe,
+    import_peft,
+    put_lora,
+    random_batch,
+    twin,
+)
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.timing import ratios, take_turns
@@ -47,6 +56,7 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         ValueError: PEFT is not installed, the model cannot generate or has too few positions, or what backbone and
             targets refuse.
     """
+    import_peft()
     recipe = _without_checkpointing(recipe)
     device = pick_device()
     show("loading the backbone")

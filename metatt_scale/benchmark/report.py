@@ -71,7 +71,10 @@ def describe_backbone(recipe: Recipe) -> str:
     """Return the backbone with everything that decides what a step of it costs."""
     backbone = recipe.backbone
     checkpointing = "checkpointing" if backbone.gradient_checkpointing else "no checkpointing"
-    return f"{backbone.path}, {backbone.dtype}, quantization {backbone.quantization}, {checkpointing}"
+    known = f"{backbone.path}, {backbone.dtype}, quantization {backbone.quantization}, {checkpointing}"
+    kernel, operator = backbone.attention, recipe.adapter.operator
+    known += "" if kernel == "auto" else f", attention {kernel}"
+    return known if operator == type(recipe.adapter)().operator else f"{known}, operator {operator}"
 
 
 def describe_targets(recipe: Recipe) -> str:

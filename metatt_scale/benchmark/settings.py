@@ -42,14 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `benchmark` takes besides a recipe and its overrides."""
     default = Settings()
     parser.add_argument("--table", choices=tuple(TABLES), default="steps", help="what to measure (steps)")
-    parser.add_argument("--examples", type=int, help=f"examples per step, or prompts ({default.examples})")
-    parser.add_argument("--length", type=int, help=f"tokens per example ({default.length})")
-    parser.add_argument("--repeats", type=int, help=f"rounds that count ({default.repeats})")
-    parser.add_argument("--block-steps", type=int, metavar="N", help=f"steps per turn ({default.block_steps})")
-    parser.add_argument("--new-tokens", type=int, metavar="N", help=f"tokens to generate ({default.new_tokens})")
-    ranks = ",".join(map(str, default.ranks))
-    parser.add_argument("--ranks", metavar="R,R,...", help=f"TT-ranks ({ranks})")
-    parser.add_argument("--targets", metavar="NAME,...", help="adapted modules, instead of adapter.target_modules")
+
+    def add(name: str, meaning: str, **kind: Any) -> None:
+        """Add an option; its help names the default, and the tables that take it where not all do."""
+        value = getattr(default, name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        tables = [table for table, takes in TABLES.items() if name in takes]
+        where = f"; for {', '.join(tables)}" if tables else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{meaning} ({shown}){where}", **kind)
+
+    add("examples", "examples per step, or prompts", type=int)
+    add("length", "tokens per example", type=int)
+    add("repeats", "rounds that count", type=int)
+    add("block_steps", "steps per turn", type=int, metavar="N")
+    add("new_tokens", "tokens to generate", type=int, metavar="N")
+    add("ranks", "TT-ranks", metavar="R,R,...")
     parser.add_argument("--json", metavar="FILE", help="where the raw numbers go (benchmark_TABLE_TIME.json)")
 
 
@@ -78,18 +85,6 @@ def read_settings(options: Namespace) -> Settings:
             raise ValueError(f"{flag} is {value}; it must be at least {_LEAST[field.name]}")
         given[field.name] = value
     return Settings(**given)
-
-
-def read_targets(text: str) -> tuple[str, ...]:
-    """Return the module names of `--targets`.
-
-    Raises:
-        ValueError: it names none.
-    """
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise ValueError(f"--targets is {text!r}; give names of linear modules, for example q_proj,v_proj")
-    return names
 
 
 def _ranks(text: str) -> tuple[int, ...]:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from metatt_scale.backbone import load_backbone, pick_device
-from metatt_scale.benchmark.arms import FROZEN, Arm, Work, builders, random_batch, twin
+from metatt_scale.benchmark.arms import FROZEN, Arm, Work, builders, import_peft, random_batch, twin
 from metatt_scale.benchmark.memory import peak_bytes
 from metatt_scale.benchmark.report import (
     Report,
@@ -20,6 +22,7 @@ from metatt_scale.benchmark.report import (
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.timing import ratios, take_turns
 from metatt_scale.recipe import Recipe
+from metatt_scale.training.checks import check_causal, learned_positions
 from metatt_scale.training.start import try_head
 
 _MIB = 2**20
@@ -36,11 +39,14 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
     """Time a step of every arm, in turns, on one frozen backbone.
 
     Raises:
-        ValueError: PEFT is not installed, or what backbone and targets refuse.
+        ValueError: PEFT is not installed, a model that cannot be trained on such examples, or what backbone and
+            targets refuse.
     """
+    import_peft()
     device = pick_device()
     show("loading the backbone")
     model = load_backbone(recipe.backbone, device, recipe.seed).train()
+    check_room(model, settings)
     try_head(model, device)  # as training does; all arms have it
     work = Work(recipe=recipe, batch=random_batch(model, settings.examples, settings.length), device=device)
     arms = {}
@@ -65,6 +71,21 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         settings={**asdict(settings), "recipe": recipe.model_dump(mode="json")},
         notes=_NOTES,
     )
+
+
+def check_room(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse an encoder, and examples longer than the positions that a model has learned, as training does.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    check_causal(model)
+    positions = learned_positions(model)
+    if positions is not None and settings.length > positions:
+        raise ValueError(
+            f"--length is {settings.length}, but {type(model).__name__} has learned {positions} positions; set "
+            f"--length to {positions} or less"
+        )
 
 
 def _row(arm: Arm, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:

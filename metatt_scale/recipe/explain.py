@@ -36,7 +36,7 @@ def _keys(problem: Any) -> tuple[str, ...]:
 
 
 def _is_union_tag(part: str) -> bool:
-    return part in ("int", "str", "float", "[key]") or part.startswith(("literal[", "tuple[", "constrained-"))
+    return part in ("int", "str", "float", "bool", "[key]") or part.startswith(("literal[", "tuple[", "constrained-"))
 
 
 def _explain(keys: tuple[str, ...], problems: list[Any], schema: type[BaseModel]) -> str:
@@ -50,7 +50,7 @@ def _explain(keys: tuple[str, ...], problems: list[Any], schema: type[BaseModel]
         return where + problems[0]["msg"].removeprefix("Value error, ")
     if kind == "missing":  # an entry of a list of fixed length
         return f"`{'.'.join(keys[:-1])}` has too few entries ({_description(keys, schema)})"
-    rule = " or ".join(dict.fromkeys(_rule(problem) for problem in problems))
+    rule = " or ".join(dict.fromkeys(_rule(problem) for problem in problems)).replace(" or true or", ", true or")
     rule = rule if rule.startswith("it must") else f"give {rule}"
     return f"`{dotted}` is {show(received)}; {rule} ({_description(keys, schema)})"
 

@@ -76,11 +76,8 @@ def check_writable(folder: Path) -> None:
 def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
     """Refuse a model that is not causal (unless it is a classifier), and records it has no embeddings for."""
     name = type(model).__name__
-    if data.table.classes is None and "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"backbone.path: {name} is not a causal language model that this toolkit can train (an encoder needs a "
-            "`classifier`)"
-        )
+    if data.table.classes is None:
+        check_causal(model)
     embeddings = model.get_input_embeddings()
     # Not the rows of its weight, which may be sharded.
     rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else model.config.vocab_size
@@ -91,7 +88,7 @@ def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
             f"the tokenizer gives token {largest}, but {name} has embeddings for {rows} tokens only; the tokenizer "
             "beside backbone.path belongs to another model"
         )
-    longest, positions = max(int(table.lengths.max()) for table in tables), _learned_positions(model)
+    longest, positions = max(int(table.lengths.max()) for table in tables), learned_positions(model)
     if positions is not None and longest > positions:
         raise ValueError(
             f"the longest record has {longest} tokens, but {name} has learned {positions} positions; set "
@@ -99,7 +96,16 @@ def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
         )
 
 
-def _learned_positions(model: PreTrainedModel) -> int | None:
+def check_causal(model: PreTrainedModel) -> None:
+    """Refuse a model whose loss is not that of predicting the next token."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"backbone.path: {type(model).__name__} is not a causal language model that this toolkit can train (an "
+            "encoder needs a `classifier`)"
+        )
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
     """Return for how many positions a model has embeddings; None where it computes them (rotary)."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and re.search(r"wpe$|position", path):

@@ -133,12 +133,10 @@ def _assemble(
         model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, _classes(recipe))
     check_trainable(model, data)
     adapter = inject(model, recipe.adapter, recipe.seed)
-    if recipe.backbone.compile:
-        compile_layers(model)
     _report_adapter(adapter, console)
     if world.size > 1:
         console.print(f"{world.size} ranks, backbone: {launch.strategy}", highlight=False)
-    return Trainer(
+    trainer = Trainer(
         recipe=recipe,
         model=model,
         adapter=adapter,
@@ -149,6 +147,9 @@ def _assemble(
         folder=folder,
         console=console,
     )
+    if recipe.backbone.compile:
+        compile_layers(model)  # not before: the trainer tries the model, on inputs that are not worth a compilation
+    return trainer
 
 
 def _check_agreement(world: World, recipe: Recipe, data: PreparedData, weights: str) -> None:

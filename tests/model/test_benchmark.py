@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from metatt_scale.backbone import byte_tokenizer, load_backbone
 from metatt_scale.benchmark import generation
 from metatt_scale.benchmark.arithmetic import Size
 from metatt_scale.benchmark.arms import LORA_RANKS, Work, builders, random_batch, twin
+from metatt_scale.benchmark.end_to_end import adjusted
 from metatt_scale.benchmark.memory import held_bytes, peak_bytes
+from metatt_scale.benchmark.report import describe_backbone
 from metatt_scale.benchmark.settings import Settings
 from metatt_scale.benchmark.sweep import truncate_dense, truncate_product
 from metatt_scale.benchmark.timing import ratios, take_turns, turns
@@ -226,7 +229,9 @@ def test_table_of_steps(recipe_file, capsys):
     assert floor["time_ratio"] == {"median": 1, "smallest": 1, "largest": 1} and floor["bytes_over_frozen"] == 0
     assert report["settings"]["recipe"]["adapter"]["target_modules"] == ["q_proj", "v_proj"]
 
-    checkpointed = run(recipe_file, "backbone.gradient_checkpointing=true", "--targets", "o_proj, k_proj", *sizes)
+    checkpointed = run(
+        recipe_file, "backbone.gradient_checkpointing=true", "adapter.target_modules=[o_proj,k_proj]", *sizes
+    )
     trained = {row["arm"]: row["trained"] for row in checkpointed["rows"]}
     assert trained["LoRA r=8"] == 8 * (64 + 48) * 3
     assert checkpointed["settings"]["recipe"]["adapter"]["target_modules"] == ["o_proj", "k_proj"]
@@ -242,6 +247,18 @@ def test_table_end_to_end(recipe_file):
     assert (ours["trained"], trainer["trained"]) == (TRAINED["MetaTT-4D r=4"], TRAINED["LoRA r=8"])
     assert ours["tokens"] == trainer["tokens"] and len(set(ours["tokens"])) == 1 and len(ours["seconds"]) == 2
     assert report["settings"]["recipe"]["data"]["train_on_inputs"] is False
+
+
+def test_nothing_but_steps_is_measured_end_to_end(tmp_path):
+    recipe = toy_recipe(
+        tmp_path,
+        sweep={"unit": "step", "schedule": [{"after": 2, "rank": 2}]},
+        training={"eval_every": 1, "save_every": 1, "early_stopping_patience": 1, "keep": "best"},
+    )
+    measured = adjusted(recipe, Settings(repeats=3, block_steps=4))
+    training = measured.training
+    assert (training.eval_every, training.save_every, training.early_stopping_patience) == ("never", "never", None)
+    assert measured.sweep is None and training.max_steps == 4 * (1 + 3) and measured.adapter == recipe.adapter
 
 
 def test_both_sides_see_the_same_records(tmp_path):
@@ -375,6 +392,23 @@ def test_generation_refuses_what_cannot_continue(tmp_path, recipe_file, config, 
     assert output.err.startswith("error: ") and says in output.err and output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        (GPT2, "--length is 65, but GPT2LMHeadModel has learned 64 positions; set --length to 64 or less"),
+        (
+            {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300},
+            "is not a causal language model that this toolkit can train (an encoder needs a `classifier`)",
+        ),
+    ],
+)
+def test_steps_refuse_what_training_refuses(tmp_path, recipe_file, config, says, capsys):
+    write_toy(tmp_path, config=config)
+    assert main(["benchmark", str(recipe_file), "--length", "65", "--repeats", "1"]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and says in output.err and output.err.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_table_of_the_wire_between_two_ranks(recipe_file, tmp_path):
     out = tmp_path / "wire.json"
@@ -405,17 +439,46 @@ def test_table_of_the_wire_between_two_ranks(recipe_file, tmp_path):
         (["--ranks", "8,x"], "--ranks is '8,x'"),
         (["--ranks", "8,8"], "give different numbers"),
         (["--ranks", "0"], "numbers from 1 to 8192"),
-        (["--targets", " ,"], "--targets is ' ,'; give names"),
-        (["--targets", "qproj"], "'qproj' matches no module"),
+        (["adapter.target_modules=[qproj]", "--json", "new/a/out.json"], "'qproj' matches no module"),
+        (["backbone.compile=true"], "--table steps compiles no arm, so its numbers would be another run's; add back"),
         (["--json", "."], "--json is ., which is a folder"),
+        (["--json", ""], "--json is ''; give the name of a file, for example steps.json"),
+        (["--json", "recipe.yaml/out.json"], "recipe.yaml is a file and not a folder; give a file below a folder"),
+        (["--json", "x" * 230], "(File name too long); give --json a file in a folder that you may write to"),
         (["--table", "wire"], "start it with torchrun"),
     ],
 )
-def test_bad_arguments_are_one_message(recipe_file, arguments, says, capsys):
+def test_bad_arguments_are_one_message(recipe_file, arguments, says, capsys, monkeypatch):
+    monkeypatch.chdir(recipe_file.parent)
+    before = sorted(os.listdir())
     assert main(["benchmark", str(recipe_file), *arguments]) == 2
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and says in output.err and output.err.count("\n") == 1
-    assert output.out == ""
+    assert output.out == "" and sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("given", [[], ["--json", "new/out.json"]], ids=["default", "named"])
+def test_a_folder_that_takes_no_file_is_refused_first(recipe_file, given, monkeypatch, capsys):
+    def refuse(*arguments, **named):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    assert main(["benchmark", str(recipe_file), *given]) == 2
+    said = capsys.readouterr().err
+    assert ("--json is new/out.json, and" if given else "--json is not given, and") in said
+    assert "(Read-only file system); give --json a file in a folder that you may write to" in said
+
+
+def test_a_measured_table_is_printed_though_its_numbers_cannot_be_written(recipe_file, monkeypatch, capsys):
+    def fail(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("metatt_scale.benchmark.report.write_json", fail)
+    options = ("--table", "sweep", "--repeats", "1", "--ranks", "4", "--json", str(recipe_file.with_name("a.json")))
+    assert main(["benchmark", str(recipe_file), *options]) == 2
+    output = capsys.readouterr()
+    assert "MetaTT-4D r=4" in output.out and "raw numbers" not in output.out
+    assert "No space left on device" in output.err
 
 
 def test_only_the_wire_is_measured_by_several_processes(recipe_file, monkeypatch, capsys):
@@ -425,9 +488,11 @@ def test_only_the_wire_is_measured_by_several_processes(recipe_file, monkeypatch
     assert "`benchmark --table steps` works in one" in capsys.readouterr().err
 
 
-def test_peft_is_named_where_it_is_missing(recipe_file, monkeypatch, capsys):
+@pytest.mark.parametrize("table", ["steps", "end_to_end", "generation"])
+def test_peft_is_named_where_it_is_missing_before_anything_is_loaded(recipe_file, table, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert main(["benchmark", str(recipe_file), "--repeats", "1"]) == 2
+    arguments = [f"backbone.path={recipe_file.parent / 'nowhere'}", "--table", table, "--repeats", "1"]
+    assert main(["benchmark", str(recipe_file), *arguments]) == 2
     assert "PEFT, which is not installed; run `pip install peft`" in capsys.readouterr().err
 
 
@@ -435,4 +500,19 @@ def test_settings_have_defaults_that_the_help_names(capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--help"])
     text = capsys.readouterr().out
-    assert "(8,16,64)" in text and f"({Settings().block_steps})" in text
+    text = " ".join(text.split())
+    assert "(8,16,64); for steps, sweep, wire, generation" in text
+    assert f"({Settings().block_steps}); for end_to_end" in text and "rounds that count (7) --" in text
+
+
+def test_a_title_names_what_is_not_the_default(tmp_path):
+    plain = toy_recipe(tmp_path)
+    other = toy_recipe(tmp_path, backbone={"attention": "eager"}, adapter={"operator": "reference"})
+    assert describe_backbone(plain).endswith("checkpointing")
+    assert describe_backbone(other) == describe_backbone(plain) + ", attention eager, operator reference"
+
+
+def test_overrides_are_not_required(capsys):
+    assert main(["benchmark"]) == 2
+    said = capsys.readouterr().err
+    assert "required: recipe" in said and "dotted.key" not in said

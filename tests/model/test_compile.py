@@ -3,15 +3,22 @@
 import pytest
 import torch
 
-from metatt_scale.training import train
+from metatt_scale.training import loop, run, train
 from tests.toy import metrics, quiet, toy_recipe, write_toy
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # of the compiler about itself
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 
 
+def test_layers_are_compiled_after_the_trials(tmp_path, monkeypatch):
+    done = []
+    tried = loop.make_objective
+    monkeypatch.setattr(loop, "make_objective", lambda *given: done.append("tried") or tried(*given))
+    monkeypatch.setattr(run, "compile_layers", lambda model: done.append("compiled"))
+    train(toy_recipe(tmp_path, backbone={"compile": True}, training={"max_steps": 1}), quiet())
+    assert done == ["tried", "compiled"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_compiled_layers_learn_the_same(tmp_path, packing, checkpointing):
@@ -25,8 +32,8 @@ def test_compiled_layers_learn_the_same(tmp_path, packing, checkpointing):
             backbone={"compile": compiled, "gradient_checkpointing": checkpointing},
             training={"packing": packing, "micro_batch_size": 5},
         )
-        run = train(recipe, quiet())
-        done = [layer._compiled_call_impl is not None for layer in run.model.model.layers]  # type: ignore[union-attr]
+        trained = train(recipe, quiet())
+        done = [layer._compiled_call_impl is not None for layer in trained.model.model.layers]  # type: ignore[union-attr]
         assert all(done) == any(done) == compiled
         losses[compiled] = [line["loss"] for line in metrics(tmp_path / f"run-{compiled}")]
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from metatt_scale.benchmark.memory import peak_bytes
 from metatt_scale.training import loss as module
 from metatt_scale.training.loss import fused_head, loss_of_hidden
 from metatt_scale.training.start import make_ready
@@ -106,3 +107,16 @@ def test_a_head_that_trains_gives_logits():
     model = tiny_model("llama")
     make_ready(model, "auto", CPU, quiet())
     assert fused_head(model) is None
+
+
+@pytest.mark.parametrize("dtype, bytes_a_value", [(torch.float32, 4), (torch.bfloat16, 6)])
+def test_one_chunk_of_logits_lives_at_once(monkeypatch, dtype, bytes_a_value):
+    rows, width, vocabulary, chunk = 192, 4, 1000, 64
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * vocabulary * chunk)
+    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+    weight, targets = torch.randn(vocabulary, width).to(dtype), torch.arange(rows)
+    act = lambda: loss_of_hidden(hidden, weight, None, torch.arange(rows), targets).backward()  # noqa: E731
+    act()  # scratch that is made once
+    hidden.grad = None
+    logits = bytes_a_value * vocabulary * chunk  # in bf16: what the head gives beside what the loss is computed in
+    assert logits <= peak_bytes(act, CPU) < 1.3 * logits

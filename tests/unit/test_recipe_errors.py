@@ -183,6 +183,7 @@ NOT_YAML = [
     whole("long", b"# x\n" * 300_000, "longer than 1 MiB"),
 ]
 OVERRIDES = [
+    override("training.packing=maybe", "`training.packing` is \"maybe\"; give 'auto', true or false (Put"),
     override("training.max_steps", "override 'training.max_steps': expected dotted.key=value"),
     override("=5", "override '=5': expected dotted.key=value"),
     override("training..epochs=5", "override 'training..epochs=5': expected dotted.key=value"),
