@@ -176,6 +176,7 @@ def _add_export(commands: Any) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file, see recipes/")
+    # With a default, or argparse would name them among the arguments that are required and missing.
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. training.max_steps=100"
     )
