@@ -1,11 +1,10 @@
 """The chain as mathematics: cores, canonical forms, sweeps, gauges. Imports torch only."""
 
-from metatt_scale.tensor.canonical import canonicalise, move_centre, shift_left, shift_right, singular_values
+from metatt_scale.tensor.canonical import canonicalise, shift_left, shift_right, singular_values
 from metatt_scale.tensor.cores import (
     Chain,
     check_chain,
     inner,
-    largest_ranks,
     materialise,
     mode_sizes,
     norm,
@@ -37,10 +36,8 @@ __all__ = [
     "feasible_ranks",
     "gauge_change",
     "inner",
-    "largest_ranks",
     "materialise",
     "mode_sizes",
-    "move_centre",
     "norm",
     "ranks",
     "shift_left",

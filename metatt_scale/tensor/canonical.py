@@ -55,16 +55,6 @@ def canonicalise(cores: Chain, centre: int) -> list[Tensor]:
     return result
 
 
-def move_centre(cores: Chain, start: int, end: int) -> list[Tensor]:
-    """Return the same tensor with the centre moved from `start`, where it is, to `end`: only cores between change."""
-    result = list(cores)
-    for k in range(start, end):
-        shift_right(result, k)
-    for k in range(start, end, -1):
-        shift_left(result, k)
-    return result
-
-
 def singular_values(cores: Chain) -> list[Tensor]:
     """Return the singular values of the tensor across each inner bond, largest first.
 

@@ -11,7 +11,6 @@ are d - 1 inner bonds; their sizes are the TT-ranks.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -49,11 +48,6 @@ def ranks(cores: Chain) -> tuple[int, ...]:
 def mode_sizes(cores: Chain) -> tuple[int, ...]:
     """Return the sizes of the d modes."""
     return tuple(core_PNQ.shape[1] for core_PNQ in cores)
-
-
-def largest_ranks(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the TT-ranks beyond which no tensor of these mode sizes needs to go: min(left size, right size)."""
-    return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
 def materialise(cores: Chain) -> Tensor:
