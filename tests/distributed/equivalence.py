@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
@@ -28,6 +27,7 @@ import torch
 from metatt_scale.adapter import ChainAdapter, inject
 from metatt_scale.backbone import byte_tokenizer, load_backbone
 from metatt_scale.data import prepare
+from metatt_scale.ending import leave
 from metatt_scale.parallel import Launch, Strategy, World, join, make_engine
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.loop import Trainer
@@ -186,4 +186,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -22,6 +22,7 @@ import torch
 
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import load_backbone
+from metatt_scale.ending import leave
 from metatt_scale.parallel import Launch, join, make_engine
 from metatt_scale.recipe import AdapterRecipe, BackboneRecipe, validate
 
@@ -144,3 +145,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave(0)

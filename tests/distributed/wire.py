@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metatt_scale.adapter import find_targets, inject
 from metatt_scale.backbone import load_backbone
 from metatt_scale.data import Batch
+from metatt_scale.ending import leave
 from metatt_scale.parallel import World, join
 from metatt_scale.plan.shape import read_shape
 from metatt_scale.plan.simulate import MODEL, Collectives, run_step
@@ -89,3 +90,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
