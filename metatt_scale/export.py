@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import merge, peft_config, peft_state, plain_linear, read_adapter
+from metatt_scale.adapter import ChainAdapter, merge, peft_config, peft_state, plain_linear, read_adapter
 from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
@@ -92,6 +92,7 @@ def _write_lora(source: Path, recipe: Recipe, folder: Path) -> None:
 
 
 def _write_merged(opened: Reopened, folder: Path) -> None:
+    assert isinstance(opened.adapter, ChainAdapter)
     merge(opened.adapter)
     make_plain(opened)
     opened.model.save_pretrained(folder)
@@ -100,13 +101,14 @@ def _write_merged(opened: Reopened, folder: Path) -> None:
 
 def make_plain(opened: Reopened) -> None:
     """Turn a merged model into an ordinary one: merged linears in their places, nothing quantised."""
-    model, dtype = opened.model, opened.adapter.compute_dtype
-    for linear, target in zip(opened.adapter.linears, opened.adapter.targets, strict=True):
+    model, adapter = opened.model, opened.adapter
+    assert isinstance(adapter, ChainAdapter)
+    for linear, target in zip(adapter.linears, adapter.targets, strict=True):
         assert linear.merged_layer is not None, "merge first"
         _put(model, target.path, linear.merged_layer)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:  # a bitsandbytes linear
-            _put(model, path, plain_linear(module, dtype))
+            _put(model, path, plain_linear(module, adapter.compute_dtype))
 
 
 def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:

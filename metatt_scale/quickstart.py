@@ -121,7 +121,7 @@ def _write_lines(path: Path, records: Iterator[dict[str, Any]]) -> None:
 
 
 def _report(scores: dict[str, dict[str, TaskScore]], opened: Reopened, console: Console) -> None:
-    trained, lora = opened.adapter.spec.n_parameters, opened.adapter.target_map.lora_parameters(8)
+    trained, lora = opened.adapter.n_trained, opened.adapter.target_map.lora_parameters(8)
     console.print(f"trained parameters: {trained:,}  (LoRA r=8 on the same modules: {lora:,})", highlight=False)
     for task, before in scores[ZERO_SHOT].items():
         after = scores[FINE_TUNED][task]

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from metatt_scale.adapter import ChainAdapter, load_adapter, read_description
+from metatt_scale.adapter import Adapter, read_description
 from metatt_scale.backbone import Engine, identity, load_backbone, load_tokenizer, pick_device
+from metatt_scale.methods import reload_adapter
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training import TrainedRun
 
@@ -29,7 +30,7 @@ class Reopened:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    adapter: ChainAdapter
+    adapter: Adapter
     recipe: Recipe
     description: dict[str, Any]
     folder: Path
@@ -118,7 +119,7 @@ def reopen(
         tokenizer = load_tokenizer(recipe.backbone)
         classes = recipe.classifier.labels if recipe.classifier else None
         model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, classes)
-    adapter = load_adapter(folder, model)
+    adapter = reload_adapter(folder, model, recipe)
     return Reopened(
         model=model, tokenizer=tokenizer, adapter=adapter, recipe=recipe, description=description, folder=folder
     )

@@ -1,5 +1,6 @@
 """The chain beside a frozen model: modes, targets, the owner of the cores, injection, merging, the LoRA form."""
 
+from metatt_scale.adapter.base import Adapter
 from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
 from metatt_scale.adapter.inject import attach, chain_spec, head_dim_of, inject
 from metatt_scale.adapter.lora_form import lora_pairs, peft_config, peft_state
@@ -11,6 +12,7 @@ from metatt_scale.adapter.targets import Target, TargetMap, find_targets
 
 __all__ = [
     "AdaptedLinear",
+    "Adapter",
     "ChainAdapter",
     "ChainSpec",
     "Target",

@@ -11,9 +11,8 @@ optimizer has changed the cores.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
+from metatt_scale.adapter.base import Adapter
 from metatt_scale.adapter.folding import Fold, Operand, Operands, fold, folding_pays
 from metatt_scale.adapter.modes import ChainSpec
-from metatt_scale.adapter.targets import Target, TargetMap
+from metatt_scale.adapter.targets import TargetMap
 from metatt_scale.tensor import mode_sizes, ranks
 
 
@@ -57,22 +57,17 @@ class AdaptedLinear(nn.Module):
         return self.adapter.add_to(y.clone() if self._copies else y, x, self.operands)
 
 
-class ChainAdapter(nn.Module):
-    """All trainable parameters of a run: the cores of one tensor train."""
+class ChainAdapter(Adapter):
+    """The cores of one tensor train."""
 
     def __init__(
         self, spec: ChainSpec, cores: Sequence[Tensor], alpha: float, target_map: TargetMap, dtype: torch.dtype
     ) -> None:
-        super().__init__()
+        super().__init__(target_map, dtype)
         self.spec = spec
         self.alpha = alpha
-        self.target_map = target_map
-        self.compute_dtype = dtype
-        self.enabled = True
         self.reference = False
         """Compute by the plain reference arithmetic."""
-        self.rows_per_step: int | None = None
-        """Rows that go through a module per optimizer step, on all ranks: decides the order of the products."""
         self.room = 0
         """Bytes that folded products may take."""
         self.linears: tuple[AdaptedLinear, ...] = ()
@@ -84,14 +79,27 @@ class ChainAdapter(nn.Module):
         self._fold = Fold()
         self._shared: tuple[Any, ...] | None = None
 
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """The adapted modules, in the order of `linears`."""
-        return self.target_map.targets
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the cores as `core_0`, `core_1`, ..."""
+        return {f"core_{k}": core for k, core in enumerate(self.cores)}
+
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Replace the cores; their ranks may change, and with them the parameters."""
+        self.set_cores([values[f"core_{k}"] for k in range(len(self.cores))])
+
+    def describe(self) -> dict[str, Any]:
+        """Return modes, sizes, ranks and alpha."""
+        spec = self.spec
+        return {"modes": spec.modes, "sizes": spec.sizes, "ranks": spec.ranks, "alpha": self.alpha}
+
+    def summary(self) -> str:
+        """Return sizes and ranks for a person."""
+        sizes = " x ".join(f"{mode} {size}" for mode, size in zip(self.spec.modes, self.spec.sizes, strict=True))
+        return f"chain {sizes}; ranks {', '.join(map(str, self.spec.ranks))}"
 
     def extra_repr(self) -> str:
         """Modes, sizes and ranks for print(adapter)."""
-        return f"modes={self.spec.modes}, sizes={self.spec.sizes}, ranks={self.spec.ranks}, alpha={self.alpha}"
+        return ", ".join(f"{key}={value}" for key, value in self.describe().items())
 
     # ---- the life of a core within one optimizer step
 
@@ -181,14 +189,3 @@ class ChainAdapter(nn.Module):
         like = self.cores[0]
         self.cores = nn.ParameterList([nn.Parameter(core.detach().to(like, copy=True)) for core in cores])
         self._forget()
-
-    # ---- what a person wants to do with it
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Run the frozen backbone alone inside a `with` block."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from metatt_scale.adapter.base import Adapter
 from metatt_scale.adapter.chain import ChainAdapter
 from metatt_scale.adapter.inject import attach, compute_dtype
 from metatt_scale.adapter.modes import ChainSpec, check_order
@@ -28,25 +29,22 @@ _FORMAT = 1
 
 
 def save_adapter(
-    folder: Path, adapter: ChainAdapter, about: Mapping[str, Any], head: Mapping[str, Tensor] | None = None
+    folder: Path, adapter: Adapter, about: Mapping[str, Any], head: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write cores and description into an existing folder.
+    """Write tensors and description into an existing folder.
 
     Args:
         folder: where to.
-        adapter: the cores and what they are behind.
+        adapter: what was trained.
         about: base model, recipe and the like.
         head: parameters of the model, by name, that its files lack: a classifier's head.
     """
-    cores = {f"core_{k}": core.detach().cpu().contiguous() for k, core in enumerate(adapter.cores)}
-    save_tensors(folder / WEIGHTS, cores)
+    tensors = {name: value.cpu().contiguous() for name, value in adapter.tensors().items()}
+    save_tensors(folder / WEIGHTS, tensors)
     description = {
         "format": _FORMAT,
-        "modes": adapter.spec.modes,
-        "sizes": adapter.spec.sizes,
-        "ranks": adapter.spec.ranks,
-        "alpha": adapter.alpha,
-        "trainable_parameters": adapter.spec.n_parameters,
+        **adapter.describe(),
+        "trainable_parameters": adapter.n_trained,
         "layers": adapter.target_map.layers,
         "projections": adapter.target_map.projections,
         "targets": [asdict(target) for target in adapter.targets],

@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from metatt_scale.recipe.adapter import AdapterRecipe, check_ranks
 from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe
 from metatt_scale.recipe.section import Section
-from metatt_scale.recipe.sweep import INNER_BONDS, SweepRecipe, check_ranks
+from metatt_scale.recipe.sweep import SweepRecipe
 
 
 class BackboneRecipe(Section):
@@ -40,53 +41,6 @@ class BackboneRecipe(Section):
     """Compile each layer with torch.compile. The first steps take minutes; worth it for long runs on a GPU."""
     trust_remote_code: bool = False
     """Run Python code that a hub repository ships. Off unless you have read that code."""
-
-
-class AdapterRecipe(Section):
-    """The tensor train shared by all layers and projections."""
-
-    kind: Literal["metatt_4d", "metatt_5d"] = "metatt_4d"
-    """`metatt_4d`: modes (input, layer, projection, output). `metatt_5d`: the output is split into (head, head
-    width)."""
-    rank: int | tuple[int, ...] = 16
-    """TT-rank of every inner bond, or one rank per inner bond from left to right."""
-    alpha: float = Field(default=2.0, gt=0, le=1e4)
-    """Scale of the adapter: y = x W^T + alpha x G1 G2[l] G3[m] G4 (paper eq. 5)."""
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
-    """Names of linear modules (matched at the end of the module path), or one regular expression that matches
-    whole module paths."""
-    layers: tuple[int, int] | None = None
-    """Half-open range [first, last) of layers to adapt; all when absent."""
-    mode_order: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Order of the modes along the chain (paper §2.3); the order named by `kind` when absent."""
-    init: str | None = None
-    """One letter pair per core, joined by `-`: `ze` zeros, `id` identity per slice, `no` normal(0, init_std).
-    Absent: zeros for the first core, `no` for the middle ones, `id` for the last (paper, Llama)."""
-    init_std: float = Field(default=0.2, gt=0, le=100)
-    """Standard deviation of the letter pair `no`."""
-    operator: Literal["fused", "reference"] = "fused"
-    """How the adapter computes: `reference` is the plain arithmetic that `fused` is tested against."""
-    allow_nonzero_start: bool = False
-    """Accept an initialisation whose chain is not zero, so that training does not start at the frozen model."""
-
-    @model_validator(mode="after")
-    def _check(self) -> AdapterRecipe:
-        n_modes = INNER_BONDS[self.kind] + 1
-        check_ranks(self.rank, self.kind)
-        if self.init is not None:
-            pairs = self.init.split("-")
-            if len(pairs) != n_modes or not set(pairs) <= {"ze", "id", "no"}:
-                raise ValueError(
-                    f"`init` is {self.init!r}; {self.kind} needs {n_modes} letter pairs out of ze, id, no "
-                    "joined by '-', for example " + "-".join(["ze"] + ["no"] * (n_modes - 2) + ["id"])
-                )
-        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
-            raise ValueError("`layers` must be [first, last) with 0 <= first < last")
-        if not self.target_modules:
-            raise ValueError(
-                "`target_modules` is empty; name at least one linear module, for example [q_proj, v_proj]"
-            )
-        return self
 
 
 class TrainingRecipe(Section):

@@ -7,10 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from metatt_scale.recipe.adapter import Rank, check_ranks
 from metatt_scale.recipe.section import Section
-
-Rank = int | tuple[int, ...]
-INNER_BONDS = {"metatt_4d": 3, "metatt_5d": 4}
 
 
 class SweepPoint(Section):
@@ -103,19 +101,3 @@ class SweepRecipe(Section):
         if self.local_learning_rate is not None and not self.local_steps:
             raise ValueError("`local_learning_rate` is given, but `local_steps` is 0")
         return self
-
-
-def check_ranks(rank: Rank, kind: str | None = None, key: str = "rank") -> None:
-    """Refuse ranks out of range, and where the kind of chain is known, too few or too many.
-
-    Raises:
-        ValueError: with the rule and the remedy.
-    """
-    each = rank if isinstance(rank, tuple) else (rank,)
-    if not each or min(each) < 1 or max(each) > 8192:
-        raise ValueError(f"`{key}` must be at least 1 and at most 8192; give one number, or one per inner bond")
-    if kind is not None and isinstance(rank, tuple) and len(rank) != (bonds := INNER_BONDS[kind]):
-        raise ValueError(
-            f"`{key}` has {len(rank)} entries but {kind} has {bonds} inner bonds; give {bonds} ranks, or one number "
-            "for all bonds"
-        )

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and a resume that gives the same bits.
 
     checkpoints/step-000100/
-        state.safetensors   cores, AdamW moments, the best cores so far
+        state.safetensors   trained values, AdamW moments, the best values so far
         state.json          step, counters, the recipe, world size and threads
         COMPLETE            hashes of the two, written last; the folder is renamed into place after that
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from metatt_scale.adapter import ChainAdapter
+from metatt_scale.adapter import Adapter
 from metatt_scale.files import new_folder, save_tensors, sha256, write_json
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.tensor import check_chain
 from metatt_scale.training.optimizer import Moments, moments_of
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of an adapter's tensors, by name."""
 
 _MARKER, _STATE, _TENSORS = "COMPLETE", "state.json", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -71,10 +74,12 @@ class Snapshot:
     """A checkpoint in memory."""
 
     progress: RunState
-    cores: list[Tensor]
-    moments: list[Moments]
-    """AdamW's state per core; empty before the first step."""
-    best_cores: list[Tensor] = field(default_factory=list)
+    values: dict[str, Tensor]
+    """The adapter's tensors by name: trained ones, and what it keeps beside them."""
+    moments: dict[str, Moments]
+    """AdamW's state of the trained ones; empty before the first step."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The adapter's tensors at the best evaluation so far, if there was one."""
     inputs: str = ""
     """Digest of the tokenised records and of the backbone's weights."""
     world_size: int = 1
@@ -82,10 +87,10 @@ class Snapshot:
 
     def to_message(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what JSON can hold and the named tensors: the form on disk and on the wire."""
-        tensors = {f"core_{k}": core for k, core in enumerate(self.cores)}
-        tensors |= {f"best_{k}": core for k, core in enumerate(self.best_cores)}
-        for k, moments in enumerate(self.moments):
-            tensors |= {f"adam_{k}_{name}": value for name, value in moments.items()}
+        tensors = {f"value:{name}": value for name, value in self.values.items()}
+        tensors |= {f"best:{name}": value for name, value in self.best.items()}
+        for name, moments in self.moments.items():
+            tensors |= {f"adam:{name}:{key}": value for key, value in moments.items()}
         state = {
             "progress": asdict(self.progress),
             "inputs": self.inputs,
@@ -101,35 +106,40 @@ class Snapshot:
         Raises:
             KeyError, TypeError: something is missing or of another form.
         """
-        count = sum(name.startswith("core_") for name in tensors)
+        moments: dict[str, Moments] = {}
+        for name, key, tensor in (
+            (*found.removeprefix("adam:").rsplit(":", 1), t) for found, t in tensors.items() if found[:5] == "adam:"
+        ):
+            moments.setdefault(name, {})[key] = tensor
         return cls(
             progress=RunState(**state["progress"]),
-            cores=[tensors[f"core_{k}"] for k in range(count)],
-            moments=[
-                {name.removeprefix(f"adam_{k}_"): t for name, t in tensors.items() if name.startswith(f"adam_{k}_")}
-                for k in range(count)
-            ],
-            best_cores=[tensors[f"best_{k}"] for k in range(count)] if "best_0" in tensors else [],
+            values=_named(tensors, "value:"),
+            moments=moments,
+            best=_named(tensors, "best:"),
             inputs=state["inputs"],
             world_size=state["world_size"],
             threads=state["threads"],
         )
 
 
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def take_snapshot(
-    adapter: ChainAdapter,
+    adapter: Adapter,
     optimizer: torch.optim.Optimizer,
     progress: RunState,
-    best: Sequence[Tensor],
+    best: Mapping[str, Tensor],
     inputs: str,
     world_size: int,
 ) -> Snapshot:
     """Collect what `save` writes."""
     return Snapshot(
         progress=progress,
-        cores=[core.detach() for core in adapter.cores],
-        moments=moments_of(optimizer, adapter.cores),
-        best_cores=list(best),
+        values=adapter.tensors(),
+        moments=moments_of(optimizer, adapter.trained()),
+        best=dict(best),
         inputs=inputs,
         world_size=world_size,
         threads=torch.get_num_threads(),
@@ -164,12 +174,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Snapshot:
+def load(folder: Path, recipe: Recipe, shapes: Shapes) -> Snapshot:
     """Read one checkpoint.
 
     Raises:
         DamagedCheckpointError: cut short, wrong hash or unreadable.
-        ValueError: made by another recipe, or for cores of other shapes.
+        ValueError: made by another recipe, or for tensors of other shapes.
     """
     state = _verified_state(folder)
     differences = _differences(_with_defaults(state.get("recipe", {})), recipe.model_dump(mode="json"))
@@ -182,27 +192,30 @@ def load(folder: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> Sna
         snapshot = Snapshot.from_message(state, load_file(folder / _TENSORS))
     except (SafetensorError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
-    found = [tuple(core.shape) for core in snapshot.cores]
-    wanted = [tuple(shape) for shape in shapes]
+    found = {name: tuple(value.shape) for name, value in snapshot.values.items()}
+    if missing := shapes.keys() - found.keys():
+        raise DamagedCheckpointError(f"{folder}: unreadable (it lacks {', '.join(sorted(missing))})")
     if recipe.sweep is not None:  # any ranks, but the same modes
-        check_chain(snapshot.cores)
-        same = [n for _, n, _ in found] == [n for _, n, _ in wanted]
+        check_chain([value for name, value in snapshot.values.items() if name.startswith("core_")])
+        same = _modes(found) == _modes(shapes)
     else:
-        same = found == wanted
+        same = found == dict(shapes)
     if not same:
         raise ValueError(
-            f"{folder}: holds cores of shapes {found}, this run has {list(shapes)}; not the same adapter"
+            f"{folder}: holds tensors of shapes {found}, this run has {dict(shapes)}; not the same adapter"
         )
     return snapshot
+
+
+def _modes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    return {name: shape[1:2] if name.startswith("core_") else shape for name, shape in shapes.items()}
 
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint folder that cannot be trusted; an older one may be."""
 
 
-def newest_valid(
-    root: Path, recipe: Recipe, shapes: Sequence[tuple[int, ...]]
-) -> tuple[Path | None, Snapshot | None, list[str]]:
+def newest_valid(root: Path, recipe: Recipe, shapes: Shapes) -> tuple[Path | None, Snapshot | None, list[str]]:
     """Return the newest checkpoint that is whole, and a message for each damaged one passed over.
 
     Raises:

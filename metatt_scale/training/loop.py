@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,24 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import ChainAdapter
+from metatt_scale.adapter import Adapter, ChainAdapter
 from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches
 from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
+from metatt_scale.training.checks import why_hopeless
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
 from metatt_scale.training.objective import make_objective
 from metatt_scale.training.optimizer import Moments, apply, clip, install, learning_rate, make_optimizer, moments_of
 from metatt_scale.training.reduce import PendingSums, sum_step
 from metatt_scale.training.seeds import derived_seed
-from metatt_scale.training.signals import SignalCatcher
+from metatt_scale.training.signals import SignalCatcher, TrainingStopped
 from metatt_scale.training.slices import SliceNorms, spectra
 from metatt_scale.training.sweep_plan import plan_sweeps
 from metatt_scale.training.sweeping import perform_sweep
 
 _HALF_SCALE = 1024.0
-
-
-class TrainingStopped(Exception):
-    """A signal stopped the run after a whole step; its checkpoint is written."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signal_number).name} after step {step}; the checkpoint is written"
-        )
-        # SIGUSR1 asks for no more than that (a time limit is near): a launcher must not take it for a failure.
-        self.exit_code = 0 if signal_number == signal.SIGUSR1 else 128 + signal_number
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ class Trainer:
 
     recipe: Recipe
     model: PreTrainedModel
-    adapter: ChainAdapter
+    adapter: Adapter
     data: PreparedData
     inputs: str
     """Digest of records and backbone, kept in every checkpoint."""
@@ -78,11 +67,12 @@ class Trainer:
     console: Console
     """Silent on all ranks but the first."""
     progress: RunState = field(default_factory=RunState)
-    best_cores: list[Tensor] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The adapter's tensors at the lowest evaluation loss so far."""
 
     def __post_init__(self) -> None:
         training = self.recipe.training
-        self.optimizer = make_optimizer(self.adapter.cores, training)
+        self.optimizer = make_optimizer(self.adapter.trained().values(), training)
         self.order = BatchOrder(self.data.train, self.recipe.seed, training.batch_size)
         self.total_steps = training.max_steps or training.epochs * self.order.steps_per_epoch
         self.sweeps = plan_sweeps(self.recipe, self.order.steps_per_epoch, self.total_steps)
@@ -96,6 +86,11 @@ class Trainer:
         self.read_late = self.world.device.type == "cuda"
         # Of all ranks: a choice that changes bits must not depend on their number.
         self.adapter.rows_per_step = math.ceil(float(self.data.table.lengths.mean()) * training.batch_size)
+
+    @property
+    def chain(self) -> ChainAdapter | None:
+        """The adapter, if it is a chain."""
+        return self.adapter if isinstance(self.adapter, ChainAdapter) else None
 
     # ---- the life of a run
 
@@ -155,22 +150,24 @@ class Trainer:
         training, step = self.recipe.training, self.progress.step
         started = time.perf_counter()
         epoch, tokens, sums = self._gradient(step)
-        gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
-        slices = SliceNorms(self.adapter) if (step + 1) % self.recipe.logging.every == 0 else None
+        logged, chain = (step + 1) % self.recipe.logging.every == 0, self.chain
+        slices = SliceNorms(chain) if chain is not None and logged else None
         rate = learning_rate(training, step, self.total_steps) * self.sweeps.warmup(step)
-        clip(gradients, sums.gradient_norm, training.max_grad_norm)
+        clip(self._gradients(), sums.gradient_norm, training.max_grad_norm)
         apply(self.optimizer, sums.finite, rate)
         self.progress.step += 1
         self.progress.finished = self.progress.step >= self.total_steps
         self._launched.append(_Launched(self.progress.step, epoch, tokens, rate, started, sums, slices))
 
     def _gradient(self, step: int) -> tuple[int, int, PendingSums]:
-        """Leave the gradient of a step's global batch on the cores; return its epoch, target tokens, and sums."""
+        """Leave a step's gradient on the parameters; return its epoch, target tokens, and sums."""
         epoch, indices = self.order.global_batch(step)
         tokens = self.objective.denominator(self.data.table, indices)
         loss_sum, length = self._accumulate(indices, tokens, step)
-        gradients = [core.grad for core in self.adapter.cores if core.grad is not None]
-        return epoch, tokens, sum_step(self.world, gradients, loss_sum, length, self.signals.received)
+        return epoch, tokens, sum_step(self.world, self._gradients(), loss_sum, length, self.signals.received)
+
+    def _gradients(self) -> list[Tensor]:
+        return [value.grad for value in self.adapter.trained().values() if value.grad is not None]
 
     def _settle(self) -> tuple[int, dict[str, Any]]:
         """Wait for the oldest step in work; return which it was and its numbers."""
@@ -187,7 +184,7 @@ class Trainer:
             "learning_rate": done.rate,
             "tokens_per_second": sums.tokens / seconds,
             "seconds": seconds,
-            "ranks": list(self.adapter.spec.ranks),
+            **({"ranks": list(self.chain.spec.ranks)} if self.chain else {}),
             "memory_gib": peak_memory_gib(self.world.device),
             "skipped": self.progress.skipped,
             **({"gradient_norms": done.slices.read()} if done.slices and sums.finite else {}),
@@ -208,9 +205,8 @@ class Trainer:
             length += int(batch.attention_mask_BS.sum())
         self.adapter.pull_back()
         if scale != 1.0:
-            for core in self.adapter.cores:
-                if core.grad is not None:
-                    core.grad /= scale
+            for gradient in self._gradients():
+                gradient /= scale
         return loss_sum, length
 
     def _own_batches(self, table: TokenTable, indices: Any) -> Iterator[Batch]:
@@ -241,26 +237,27 @@ class Trainer:
         step = self.progress.step
         if not self.sweeps.due(step):
             return
+        assert self.chain is not None, "the recipe refuses a sweep of anything else"
         result = perform_sweep(
             self.recipe,
             self.sweeps.targets[step],
-            self.adapter,
-            moments_of(self.optimizer, self.adapter.cores),
+            self.chain,
+            moments_of(self.optimizer, self.adapter.trained()),
             self.world,
             lambda i: self._gradient(step + i)[-1],
             derived_seed("sweep", self.recipe.seed, step),
         )
         if result.report["ranks_before"] != result.report["ranks_after"]:
             # The best cores so far have ranks that were not asked to last.
-            self.progress.best_loss, self.progress.best_step, self.best_cores = None, None, []
+            self.progress.best_loss, self.progress.best_step, self.best = None, None, {}
             self.progress.evaluations_without_gain = 0
-        self.install(result.cores, result.moments)
+        self.install(result.values, result.moments)
         report["sweep"], report["ranks"] = result.report, result.report["ranks_after"]
         self.progress.sweeps.append({"step": step, "ranks": report["ranks"]})
 
-    def install(self, cores: Sequence[Tensor], moments: Sequence[Moments]) -> None:
-        """Go on with these cores, whose ranks may be others, and these moments."""
-        self.optimizer = install(self.adapter, cores, moments, self.recipe.training)
+    def install(self, values: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
+        """Go on with these values (cores may have other ranks) and these moments."""
+        self.optimizer = install(self.adapter, values, moments, self.recipe.training)
 
     def _evaluate_if_due(self, report: dict[str, Any]) -> None:
         """Evaluate where the recipe says so; the report gets the scores (None where one is not finite)."""
@@ -268,7 +265,8 @@ class Trainer:
             scores = self.evaluate()
             self._judge(scores["eval_loss"])
             report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
-            report["spectra"] = spectra(list(self.adapter.cores))
+            if self.chain is not None:
+                report["spectra"] = spectra(list(self.chain.cores))
 
     def _save_if_due(self) -> None:
         """Save where the recipe says so, and before a stop: by a signal, or because no step succeeds any more."""
@@ -278,11 +276,7 @@ class Trainer:
         if hopeless or stopped or progress.finished or self._due(training.save_every):
             self._save()
         if hopeless:
-            raise ValueError(
-                f"stopped at step {progress.step}: loss or gradient was not finite {progress.skipped_in_a_row} times "
-                f"in a row (training.max_nonfinite_steps); the last good cores are in {self.folder}/checkpoints; "
-                "lower training.learning_rate or adapter.alpha, or look at the records of these steps"
-            )
+            raise why_hopeless(progress, self.folder)
         if number is not None and stopped:
             raise TrainingStopped(number, progress.step)
 
@@ -295,12 +289,12 @@ class Trainer:
         return self.progress.step % every == 0 or self.progress.finished
 
     def _judge(self, loss: float) -> None:
-        """Remember the best cores, and stop early where the recipe says so."""
+        """Remember the best values, and stop early where the recipe says so."""
         progress, patience = self.progress, self.recipe.training.early_stopping_patience
         if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
             progress.evaluations_without_gain = 0
-            self.best_cores = [core.detach().clone() for core in self.adapter.cores]
+            self.best = {name: value.clone() for name, value in self.adapter.tensors().items()}
         else:
             progress.evaluations_without_gain += 1
             if patience is not None and progress.evaluations_without_gain >= patience:
@@ -325,7 +319,7 @@ class Trainer:
     def _save(self) -> None:
         def write() -> None:
             snapshot = checkpoint.take_snapshot(
-                self.adapter, self.optimizer, self.progress, self.best_cores, self.inputs, self.world.size
+                self.adapter, self.optimizer, self.progress, self.best, self.inputs, self.world.size
             )
             keep = self.recipe.training.keep_checkpoints
             checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe, keep)
@@ -339,10 +333,10 @@ class Trainer:
 
     def _compare_replicas_if_due(self) -> None:
         if self._replicas_due():
-            state = self.optimizer.state
+            moments = moments_of(self.optimizer, self.adapter.trained())
             things = {
-                f"core {k} ({mode})": [core, *(state[core][name] for name in sorted(state[core]))]
-                for k, (mode, core) in enumerate(zip(self.adapter.spec.modes, self.adapter.cores, strict=True))
+                name: [value, *(state for _, state in sorted(moments.get(name, {}).items()))]
+                for name, value in self.adapter.tensors().items()
             }
             remedy = "training on would be meaningless; go on from the last checkpoint and watch that rank's machine"
             check_same(self.world, things, f"found after step {self.progress.step}: {remedy}")

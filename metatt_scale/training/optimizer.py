@@ -1,4 +1,4 @@
-"""AdamW on the cores, its learning rate as a pure function of the step, and clipping.
+"""AdamW on the trained parameters, its learning rate as a pure function of the step, and clipping.
 
 Every function here depends on its arguments alone, so replicas that call it with equal numbers stay equal.
 """
@@ -6,20 +6,20 @@ Every function here depends on its arguments alone, so replicas that call it wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from metatt_scale.adapter import ChainAdapter
+from metatt_scale.adapter import Adapter
 from metatt_scale.recipe import TrainingRecipe
 
 Moments = dict[str, Tensor]
-"""AdamW's state of one core: step, exp_avg, exp_avg_sq; empty before its first step."""
+"""AdamW's state of one parameter: step, exp_avg, exp_avg_sq; empty before its first step."""
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainingRecipe) -> torch.optim.AdamW:
-    """Return AdamW (decoupled weight decay, Loshchilov and Hutter 2017) on the fp32 cores.
+    """Return AdamW (decoupled weight decay, Loshchilov and Hutter 2017) on the fp32 parameters.
 
     PyTorch's fused form, which can be told on the device to leave a step out (`apply`).
     """
@@ -33,22 +33,23 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: TrainingRecipe) -
     )
 
 
-def moments_of(optimizer: torch.optim.Optimizer, cores: Iterable[nn.Parameter]) -> list[Moments]:
-    """Return AdamW's state per core."""
-    return [optimizer.state.get(core, {}) for core in cores]
+def moments_of(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Moments]:
+    """Return AdamW's state of every parameter by its name."""
+    return {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
 
 
 def install(
-    adapter: ChainAdapter, cores: Sequence[Tensor], moments: Sequence[Moments], recipe: TrainingRecipe
+    adapter: Adapter, values: Mapping[str, Tensor], moments: Mapping[str, Moments], recipe: TrainingRecipe
 ) -> torch.optim.AdamW:
-    """Give an adapter these cores, whose ranks may be others, and return the optimizer that goes on with them."""
-    adapter.set_cores(cores)
-    optimizer = make_optimizer(adapter.cores, recipe)
-    for core, state in zip(adapter.cores, moments, strict=True):
-        if state:
+    """Give an adapter these values (of cores, with any ranks), and return the optimizer that goes on with them."""
+    adapter.set_values(values)
+    trained = adapter.trained()
+    optimizer = make_optimizer(trained.values(), recipe)
+    for name, parameter in trained.items():
+        if state := moments.get(name):
             # AdamW keeps its step counter on the CPU and the moments beside the parameter.
-            optimizer.state[core] = {
-                name: value if name == "step" else value.to(core.device) for name, value in state.items()
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
     return optimizer
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale import __version__
-from metatt_scale.adapter import ChainAdapter, inject, save_adapter
+from metatt_scale.adapter import Adapter, save_adapter
 from metatt_scale.backbone import (
     compile_layers,
     head_tensors,
@@ -26,6 +26,7 @@ from metatt_scale.backbone import (
 )
 from metatt_scale.data import PreparedData, prepare
 from metatt_scale.files import new_folder, write_text
+from metatt_scale.methods import build_adapter
 from metatt_scale.parallel import (
     Launch,
     Message,
@@ -57,7 +58,7 @@ class TrainedRun:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    adapter: ChainAdapter
+    adapter: Adapter
     folder: Path
 
 
@@ -91,8 +92,8 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
             _resume(trainer)
             world.on_first(lambda: write_text(folder / "recipe.yaml", dump_recipe(recipe)))
             trainer.train()
-            if recipe.training.keep == "best" and trainer.best_cores:
-                trainer.adapter.set_cores(trainer.best_cores)
+            if recipe.training.keep == "best" and trainer.best:
+                trainer.adapter.set_values(trainer.best)
             check_result(trainer.adapter, trainer.progress)
             head = head_tensors(trainer.model) if recipe.classifier else None
             world.on_first(lambda: _write_adapter(folder / "adapter", trainer, head))
@@ -132,7 +133,7 @@ def _assemble(
         engine = make_engine(world, launch, recipe)
         model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, _classes(recipe))
     check_trainable(model, data)
-    adapter = inject(model, recipe.adapter, recipe.seed)
+    adapter = build_adapter(model, recipe)
     _report_adapter(adapter, console)
     if world.size > 1:
         console.print(f"{world.size} ranks, backbone: {launch.strategy}", highlight=False)
@@ -168,7 +169,7 @@ def _resume(trainer: Trainer) -> None:
     root = trainer.folder / "checkpoints"
 
     def read() -> Message:
-        path, snapshot, damaged = checkpoint.newest_valid(root, trainer.recipe, trainer.adapter.spec.shapes)
+        path, snapshot, damaged = checkpoint.newest_valid(root, trainer.recipe, trainer.adapter.shapes())
         for message in damaged:
             _warn(trainer.console, f"passed over a damaged checkpoint: {message}")
         if snapshot is None:
@@ -188,9 +189,9 @@ def _resume(trainer: Trainer) -> None:
     if state is None:
         return
     snapshot = Snapshot.from_message(state, tensors)
-    trainer.install(snapshot.cores, snapshot.moments)
+    trainer.install(snapshot.values, snapshot.moments)
     trainer.progress = snapshot.progress
-    trainer.best_cores = [core.to(trainer.world.device) for core in snapshot.best_cores]
+    trainer.best = {name: value.to(trainer.world.device) for name, value in snapshot.best.items()}
 
 
 def _check_origin(trainer: Trainer, path: str, snapshot: Snapshot) -> None:
@@ -253,13 +254,10 @@ def _report_data(counts: dict[str, Any], console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
 
-def _report_adapter(adapter: ChainAdapter, console: Console) -> None:
-    spec = adapter.spec
-    sizes = " x ".join(f"{mode} {size}" for mode, size in zip(spec.modes, spec.sizes, strict=True))
+def _report_adapter(adapter: Adapter, console: Console) -> None:
     console.print(
-        f"training {spec.n_parameters:,} parameters (chain {sizes}; ranks {', '.join(map(str, spec.ranks))}) behind "
-        f"{len(adapter.targets)} frozen linears; LoRA r=8 on the same would train "
-        f"{adapter.target_map.lora_parameters(8):,}",
+        f"training {adapter.n_trained:,} parameters ({adapter.summary()}) behind {len(adapter.targets)} frozen "
+        f"linears; LoRA r=8 on the same would train {adapter.target_map.lora_parameters(8):,}",
         highlight=False,
         soft_wrap=True,
     )

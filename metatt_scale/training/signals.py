@@ -12,6 +12,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that end a run after a whole, saved step; the first that any rank received counts."""
 
 
+class TrainingStopped(Exception):
+    """A signal stopped the run after a whole step; its checkpoint is written."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; the checkpoint is written"
+        )
+        # SIGUSR1 asks for no more than that (a time limit is near): a launcher must not take it for a failure.
+        self.exit_code = 0 if signal_number == signal.SIGUSR1 else 128 + signal_number
+
+
 class SignalCatcher:
     """Remembers the first of SIGNALS while it is in force; a second SIGINT interrupts at once."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metatt_scale.recipe import Recipe, SweepRecipe
-from metatt_scale.recipe.sweep import Rank
+from metatt_scale.recipe.adapter import Rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ Shape legend: P left bond, N mode, Q right bond, K a bond.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from metatt_scale.adapter import ChainAdapter, ChainSpec, Target, norm_in_use
 from metatt_scale.parallel import Message, World
 from metatt_scale.recipe import Recipe, SweepRecipe
-from metatt_scale.recipe.sweep import Rank
+from metatt_scale.recipe.adapter import Rank
 from metatt_scale.tensor import (
     Cut,
     Scores,
@@ -44,9 +44,10 @@ _DIGITS = 6
 class SweepResult:
     """What a sweep leaves, the same on every rank."""
 
-    cores: list[Tensor]
-    moments: list[Moments]
-    """AdamW's state per core; empty where it starts afresh."""
+    values: dict[str, Tensor]
+    """The new cores."""
+    moments: dict[str, Moments]
+    """AdamW's state; empty for cores that start afresh."""
     report: dict[str, Any]
     """What happened, for metrics.jsonl."""
 
@@ -55,7 +56,7 @@ def perform_sweep(
     recipe: Recipe,
     target: Rank | None,
     adapter: ChainAdapter,
-    moments: Sequence[Moments],
+    moments: Mapping[str, Moments],
     world: World,
     gradients: Gradients,
     seed: int,
@@ -66,7 +67,7 @@ def perform_sweep(
         recipe: of the run, with a section `sweep`.
         target: ranks after the sweep; None where the discarded weight decides.
         adapter: gives its cores, and computes gradients where those are asked for.
-        moments: AdamW's state per core.
+        moments: AdamW's state by the parameter's name.
         world: the ranks.
         gradients: leaves the gradient of the i-th global batch from here on the cores.
         seed: of new directions.
@@ -91,10 +92,10 @@ def perform_sweep(
         return report | {"seconds": _short(time.perf_counter() - started)}, named
 
     report, tensors = world.from_first(compute)
-    indices = range(len(old))
+    names = [f"core_{k}" for k in range(len(old))]
     return SweepResult(
-        cores=[tensors[f"core_{k}"] for k in indices],
-        moments=[_named(tensors, f"adam_{k}_") for k in indices],
+        values={name: tensors[name] for name in names},
+        moments={**moments, **{name: _named(tensors, f"adam_{name}_") for name in names}},
         report=report,
     )
 
@@ -155,17 +156,19 @@ def _probe(
 # ---- moments
 
 
-def _transported(moments: Sequence[Moments], old: list[Tensor], new: list[Tensor]) -> dict[str, Tensor]:
+def _transported(moments: Mapping[str, Moments], old: list[Tensor], new: list[Tensor]) -> dict[str, Tensor]:
     """Return AdamW's state for the new cores: the counter stays, the averages change their gauge."""
-    if not all(moments):
+    of_cores = [moments.get(f"core_{k}") for k in range(len(old))]
+    if not all(of_cores):
         return {}
     change = gauge_change(old, new)
     result: dict[str, Tensor] = {}
-    for k, state in enumerate(moments):
+    for k, state in enumerate(of_cores):
+        assert state
         mean, square = (state[name].to("cpu", torch.float64) for name in ("exp_avg", "exp_avg_sq"))
-        result[f"adam_{k}_step"] = state["step"]
-        result[f"adam_{k}_exp_avg"] = transport_gradient(change, k, mean).float()
-        result[f"adam_{k}_exp_avg_sq"] = transport_variance(change, k, square).float()
+        result[f"adam_core_{k}_step"] = state["step"]
+        result[f"adam_core_{k}_exp_avg"] = transport_gradient(change, k, mean).float()
+        result[f"adam_core_{k}_exp_avg_sq"] = transport_variance(change, k, square).float()
     return result
 
 

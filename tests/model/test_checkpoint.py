@@ -22,7 +22,7 @@ def trained(tmp_path, **sections):
     """A finished run of six steps with checkpoints 4 and 6; returns its recipe, shapes and checkpoint folder."""
     recipe = toy_recipe(tmp_path, **sections)
     run = train(recipe, quiet())
-    return recipe, run.adapter.spec.shapes, tmp_path / "run" / "checkpoints"
+    return recipe, run.adapter.shapes(), tmp_path / "run" / "checkpoints"
 
 
 def names(root):
@@ -38,20 +38,20 @@ def test_round_trip(tmp_path):
     randomise(trainer.adapter)
     one_step(trainer)
     progress = RunState(step=7, skipped=2, skipped_in_a_row=1, best_loss=0.1 + 0.2, best_step=3, target_tokens=99)
-    best = [torch.full_like(core, float(k)) for k, core in enumerate(trainer.adapter.cores)]
+    best = {name: torch.full_like(core, 0.5) for name, core in trainer.adapter.trained().items()}
     taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest", 1)
     folder = checkpoint.save(tmp_path / "checkpoints", taken, recipe, keep=2)
     assert (folder.name, sorted(os.listdir(folder))) == (
         "step-000007",
         ["COMPLETE", "state.json", "state.safetensors"],
     )
-    loaded = checkpoint.load(folder, recipe, trainer.adapter.spec.shapes)
+    loaded = checkpoint.load(folder, recipe, trainer.adapter.shapes())
     assert loaded.progress == progress and (loaded.world_size, loaded.threads) == (1, torch.get_num_threads())
-    assert all(torch.equal(a, b) for a, b in zip(loaded.cores, trainer.adapter.cores, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(loaded.best_cores, best, strict=True))
+    for got, expected in ((loaded.values, trainer.adapter.tensors()), (loaded.best, best)):
+        assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
 
     other = make_trainer(recipe)
-    other.install(loaded.cores, loaded.moments)
+    other.install(loaded.values, loaded.moments)
     for mine, theirs in zip(trainer.adapter.cores, other.adapter.cores, strict=True):
         state, restored = trainer.optimizer.state[mine], other.optimizer.state[theirs]
         assert state.keys() == restored.keys() == {"step", "exp_avg", "exp_avg_sq"}
@@ -76,11 +76,11 @@ def test_a_checkpoint_of_before_a_key_existed_is_of_the_same_recipe(tmp_path):
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     recipe = toy_recipe(tmp_path)
     trainer = make_trainer(recipe)
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), [], "digest", 1)
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), {}, "digest", 1)
     folder = checkpoint.save(tmp_path, taken, recipe, keep=2)
-    loaded = checkpoint.load(folder, recipe, trainer.adapter.spec.shapes)
-    assert loaded.moments == [{}] * 4 and loaded.best_cores == []
-    trainer.install(loaded.cores, loaded.moments)
+    loaded = checkpoint.load(folder, recipe, trainer.adapter.shapes())
+    assert loaded.moments == {} and loaded.best == {}
+    trainer.install(loaded.values, loaded.moments)
     one_step(trainer)
 
 
@@ -100,7 +100,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
 
 
 def save_at(root, recipe, trainer, step, keep=2):
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(step=step), [], "digest", 1)
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(step=step), {}, "digest", 1)
     return checkpoint.save(root, taken, recipe, keep)
 
 
@@ -171,7 +171,7 @@ def signed(name, content):
 
 def without_a_core(folder: Path):
     tensors = load_file(folder / "state.safetensors")
-    del tensors["core_2"]
+    del tensors["value:core_2"]
     save_file(tensors, folder / "state.safetensors")
     signed("state.safetensors", (folder / "state.safetensors").read_bytes())(folder)
 
@@ -247,8 +247,8 @@ def test_a_state_of_another_version_is_refused(run):
 
 def test_other_shapes_are_refused(run):
     recipe, shapes, root = run
-    with pytest.raises(ValueError, match=r"step-000006: holds cores of shapes .*not the same adapter") as caught:
-        checkpoint.newest_valid(root, recipe, [*shapes[:-1], (4, 33, 1)])
+    with pytest.raises(ValueError, match=r"step-000006: holds tensors of shapes .*not the same adapter") as caught:
+        checkpoint.newest_valid(root, recipe, {**shapes, "core_3": (4, 33, 1)})
     assert not isinstance(caught.value, DamagedCheckpointError)
 
 

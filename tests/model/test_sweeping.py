@@ -145,14 +145,15 @@ def test_moments_are_reset_or_transported(tmp_path):
         report = {"ranks": []}
         trainer._sweep_if_due(report)
         assert trainer.adapter.spec.ranks == (3, 3, 3) == tuple(report["ranks"])
-        states = moments_of(trainer.optimizer, trainer.adapter.cores)
+        states = moments_of(trainer.optimizer, trainer.adapter.trained()).values()
         for state, core in zip(states, trainer.adapter.cores, strict=True):
             assert bool(state) == (moments == "transport")
             if state:
                 assert state["exp_avg"].shape == core.shape and state["exp_avg"].norm() > 0
                 assert (state["exp_avg_sq"] > 0).all() and state["exp_avg"].dtype == torch.float32
         one_step(trainer)
-        assert {float(state["step"]) for state in moments_of(trainer.optimizer, trainer.adapter.cores)} == count
+        states = moments_of(trainer.optimizer, trainer.adapter.trained()).values()
+        assert {float(state["step"]) for state in states} == count
 
 
 def test_a_sweep_without_a_cut_changes_neither_loss_nor_transported_descent(tmp_path):

@@ -210,9 +210,9 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_last_good_cores(tmp_p
         train(recipe, quiet())
     assert "\n" not in str(caught.value) and "learning_rate" in str(caught.value)
     (folder,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    saved = checkpoint.load(folder, recipe, good.adapter.spec.shapes)
+    saved = checkpoint.load(folder, recipe, good.adapter.shapes())
     assert (folder.name, saved.progress.skipped) == ("step-000007", 3)
-    assert all(torch.equal(a, b) for a, b in zip(saved.cores, good.adapter.cores, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(saved.values.values(), good.adapter.cores, strict=True))
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -223,7 +223,7 @@ def test_an_evaluation_that_is_not_finite_is_no_gain(tmp_path, monkeypatch):
     train(recipe, quiet())
     assert [line["eval_loss"] for line in metrics(tmp_path / "run")] == [None, 2.0, None, 1.0]
     _, saved, _ = checkpoint.newest_valid(
-        tmp_path / "run" / "checkpoints", recipe, make_trainer(recipe).adapter.spec.shapes
+        tmp_path / "run" / "checkpoints", recipe, make_trainer(recipe).adapter.shapes()
     )
     assert saved is not None and (saved.progress.best_loss, saved.progress.best_step) == (1.0, 4)
 
@@ -438,7 +438,7 @@ def test_cores_that_are_not_finite_are_not_handed_over(tmp_path, monkeypatch):
             self.param_groups[0]["params"][0][0, 0, 0] = math.inf
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(ValueError, match="cores that are not finite"):
+    with pytest.raises(ValueError, match="parameters that are not finite"):
         train(recipe, quiet())
 
 

@@ -15,6 +15,7 @@ FLOORS = [
     {"metatt_scale", "files", "device"},
     {"tensor", "recipe"},
     {"adapter", "data", "backbone", "parallel"},
+    {"methods"},
     {
         "training",
         "plan",
