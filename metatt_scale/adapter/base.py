@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from metatt_scale.adapter.targets import Target, TargetMap
 
+NO_TASK = "this adapter was trained on several tasks, and each has weights of its own; choose one by name with --task"
+
 
 class Adapter(nn.Module):
     """The owner of all trained parameters of a run."""
@@ -83,7 +85,7 @@ class Adapter(nn.Module):
         if self.task is not None:
             return self.task
         if self.row_tasks is None:
-            return 0
+            raise ValueError(NO_TASK)
         return self.row_tasks.expand(x.shape[:-1]).reshape(-1)
 
     @contextlib.contextmanager

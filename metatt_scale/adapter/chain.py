@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
-from metatt_scale.adapter.base import Adapter
+from metatt_scale.adapter.base import NO_TASK, Adapter
 from metatt_scale.adapter.folding import Fold, Operand, Operands, fold, folding_pays
 from metatt_scale.adapter.modes import ChainSpec
 from metatt_scale.adapter.targets import TargetMap
@@ -90,7 +90,8 @@ class ChainAdapter(Adapter):
     def describe(self) -> dict[str, Any]:
         """Return modes, sizes, ranks and alpha."""
         spec = self.spec
-        return {"modes": spec.modes, "sizes": spec.sizes, "ranks": spec.ranks, "alpha": self.alpha}
+        about: dict[str, Any] = {"modes": spec.modes, "sizes": spec.sizes, "ranks": spec.ranks, "alpha": self.alpha}
+        return about | ({"diagonal": True} if spec.diagonal else {})
 
     def summary(self) -> str:
         """Return sizes and ranks for a person."""
@@ -105,7 +106,7 @@ class ChainAdapter(Adapter):
 
     def fold(self) -> None:
         """Contract the cores into every module's factors, unless that is done and the cores are unchanged."""
-        state = (self.reference, self.folds_into_b, *(core._version for core in self.cores))
+        state = (self.reference, self.folds_into_b, self.task, *(core._version for core in self.cores))
         if self._folded_at == state:
             return
         self._forget()
@@ -121,6 +122,7 @@ class ChainAdapter(Adapter):
                 dtype=self.compute_dtype,
                 into_b=self.folds_into_b,
                 with_values=self.reference,
+                task=self.task,
             )
         for linear, operands in zip(self.linears, self._fold.modules, strict=True):
             linear.operands = operands
@@ -129,10 +131,14 @@ class ChainAdapter(Adapter):
     @property
     def folds_into_b(self) -> bool:
         """Whether the middle cores are multiplied into the last factor once per step: see `folding_pays`."""
-        if self.reference:
+        if self.reference or self._mixes_tasks:
             return False
         item = self.compute_dtype.itemsize
         return folding_pays(self.spec.middle_bonds, self.targets, self.rows_per_step, self.room, item)
+
+    @property
+    def _mixes_tasks(self) -> bool:
+        return self.spec.n_tasks is not None and self.task is None
 
     def add_to(self, y: Tensor, x: Tensor, operands: Operands) -> Tensor:
         """Add a module's adapter output for input x to its base output y, in place where possible."""
@@ -145,8 +151,12 @@ class ChainAdapter(Adapter):
         a, c, b = operands
         if self.reference:
             assert c is not None
-            return operator.reference(y, x, a.leaf, c.leaf, b.leaf)
+            return operator.reference(y, x, a.leaf, c.leaf, b.leaf, self._rows_of(x))
         h = self._project(x, a)
+        task_N = self._rows_of(x)
+        if task_N is not None:
+            assert c is not None
+            h, c = operator.mix_by_task(h, c.leaf, c.copy, task_N), None
         if not torch.is_grad_enabled():
             return operator.add_product(y, h if c is None else h @ c.copy, b.copy)
         # A compiled graph has no use for writing in place, and cannot trace it here.
@@ -154,6 +164,24 @@ class ChainAdapter(Adapter):
         if c is None:
             return operator.add_folded(y, h, b.leaf, b.copy, in_place=in_place)
         return operator.add_thin_first(y, h, c.leaf, b.leaf, c.copy, b.copy, in_place=in_place)
+
+    def _rows_of(self, x: Tensor) -> Tensor | None:
+        """Return the task of every row where they may differ."""
+        if not self._mixes_tasks:
+            return None
+        task_N = self.tasks_of(x)
+        assert isinstance(task_N, Tensor)
+        return task_N
+
+    def one_task(self) -> int | None:
+        """Return the task that is chosen; None where the chain knows none.
+
+        Raises:
+            ValueError: it has a core for tasks, and none is chosen.
+        """
+        if self._mixes_tasks:
+            raise ValueError(NO_TASK)
+        return self.task
 
     def _project(self, x: Tensor, a: Operand) -> Tensor:
         """Return x A, once for neighbours that read the same x (Q, K and V; gate and up)."""
@@ -179,12 +207,12 @@ class ChainAdapter(Adapter):
 
     def set_cores(self, cores: Sequence[Tensor]) -> None:
         """Replace all cores. Where ranks change, the cores are new parameters, which want a new optimizer."""
-        if ranks(cores) == self.spec.ranks:
+        if [core.shape for core in cores] == [core.shape for core in self.cores]:
             with torch.no_grad():
                 for core, value in zip(self.cores, cores, strict=True):
                     core.copy_(value)
             return
-        assert mode_sizes(cores) == self.spec.sizes
+        assert not self.spec.diagonal and mode_sizes(cores) == self.spec.sizes
         self.spec = replace(self.spec, ranks=ranks(cores))
         like = self.cores[0]
         self.cores = nn.ParameterList([nn.Parameter(core.detach().to(like, copy=True)) for core in cores])

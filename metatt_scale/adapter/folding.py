@@ -3,7 +3,7 @@
 `fold` contracts the chain into the factors A, C, B of every module (y += x A C B) and picks the order of the
 products: thin first, or C folded into B.
 
-Shape legend: L layers, M projections, I input width, O output width, P, Q the bonds around C.
+Shape legend: L layers, M projections, T tasks, I input width, O output width, P, Q the bonds around C.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Operand(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What one module multiplies with: y += (x A) C B, or y += (x A) B with C folded into B (then C is None)."""
+    """What one module multiplies with: y += (x A) C B, or y += (x A) B with C folded into B (then C is None).
+
+    C is (P, Q), or (T, P, Q) where every row is of a task of its own.
+    """
 
     a: Operand
     c: Operand | None
@@ -87,6 +90,7 @@ def fold(
     dtype: torch.dtype,
     into_b: bool,
     with_values: bool,
+    task: int | None = None,
 ) -> Fold:
     """Contract the chain and return the operands of every module.
 
@@ -99,9 +103,10 @@ def fold(
         into_b: fold C into B.
         with_values: leaves hold values of their own, for the reference arithmetic; otherwise they only receive
             gradients, take no memory, and their values mean nothing.
+        task: the task all rows are of; C keeps those of all tasks where it is None.
     """
     result = Fold()
-    all_factors = factors(spec, cores, alpha)
+    all_factors = factors(spec, cores, alpha, task)
     made: dict[tuple[Any, ...], Operand] = {}
 
     def operand(key: tuple[Any, ...], node: Tensor, copy: Tensor | None = None) -> Operand:

@@ -28,9 +28,13 @@ class LoraPair(NamedTuple):
 
 @torch.no_grad()
 def lora_pairs(adapter: ChainAdapter) -> list[LoraPair]:
-    """Return the exact LoRA factors of every adapted module, in the cores' dtype, alpha left out."""
+    """Return the exact LoRA factors of every adapted module, in the cores' dtype, alpha left out.
+
+    Raises:
+        ValueError: the chain has a core for tasks, and none is chosen.
+    """
     pairs = []
-    unscaled = factors(adapter.spec, [core.detach() for core in adapter.cores])
+    unscaled = factors(adapter.spec, [core.detach() for core in adapter.cores], task=adapter.one_task())
     for target in adapter.targets:
         a_IP, c_PQ, b_QO = factors_at(unscaled, target)
         lora_A = (a_IP @ c_PQ).mT.contiguous()

@@ -25,10 +25,11 @@ def merge(adapter: ChainAdapter) -> None:
     weight is not finite.
 
     Raises:
-        ValueError: a merged weight holds NaN or infinity; the message names the module.
+        ValueError: a merged weight holds NaN or infinity (the message names the module); or there are several tasks
+            and none is chosen.
     """
     merged = []
-    all_factors = factors(adapter.spec, list(adapter.cores), adapter.alpha)
+    all_factors = factors(adapter.spec, list(adapter.cores), adapter.alpha, adapter.one_task())
     for linear, target in zip(adapter.linears, adapter.targets, strict=True):
         plain = plain_linear(linear.base_layer, adapter.compute_dtype)
         delta_IO = operator.delta(*factors_at(all_factors, target))

@@ -110,26 +110,69 @@ def add_thin_first(
     return result
 
 
-def mix_by_task(h: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Tensor:
-    """Return u[n] = h[n] C[task[n]]: each row through the middle product of its own task, in one batched product.
+class _MixByTask(Function):
+    """u[n] = h[n] C[task[n]]. Saves h; products with the C of all tasks, of which each row keeps its own."""
 
-    h C for all tasks at once costs T times the thin product and no loop over examples; a gathered C per row would be
-    N P Q values. Differentiable in h and C. (paper eq. 6: x G1 G2[l] G3[t] G4[m] G5)
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, c_leaf: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Tensor:
+        ctx.save_for_backward(h, c_TPQ, task_N)
+        ctx.leaf_dtype = c_leaf.dtype
+        return _own_product(h, c_TPQ, task_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, c_TPQ, task_N = ctx.saved_tensors
+        (du,) = grads
+        dh = _own_product(du, c_TPQ.mT, task_N) if ctx.needs_input_grad[0] else None
+        dc_TPQ = None
+        if ctx.needs_input_grad[1]:
+            du_NQ, n_tasks = du.flatten(0, -2), len(c_TPQ)
+            du_NTQ = du_NQ.new_zeros(len(du_NQ), n_tasks, du_NQ.shape[-1])
+            du_NTQ.scatter_(1, task_N[:, None, None].expand(-1, 1, du_NQ.shape[-1]), du_NQ[:, None])
+            dc = h.flatten(0, -2).mT @ du_NTQ.flatten(1)  # (P, T Q)
+            dc_TPQ = dc.unflatten(1, (n_tasks, -1)).transpose(0, 1).to(ctx.leaf_dtype)
+        return dh, dc_TPQ, None, None
+
+
+def _own_product(h: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Tensor:
+    """Return h[n] C[task[n]] for every row.
+
+    One product for all tasks costs T times the thin one and no loop; a gathered C per row would be N P Q values.
+    """
+    n_tasks, p, q = c_TPQ.shape
+    u_NTQ = (h.flatten(0, -2) @ c_TPQ.transpose(0, 1).reshape(p, n_tasks * q)).unflatten(1, (n_tasks, q))
+    u_NQ = u_NTQ.gather(1, task_N[:, None, None].expand(-1, 1, q)).squeeze(1)
+    return u_NQ.view(*h.shape[:-1], q)
+
+
+def mix_by_task(h: Tensor, c_leaf: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Tensor:
+    """Return u[n] = h[n] C[task[n]], each row through the middle product of its own task, in one batched product.
+
+    Differentiable in h and in the leaf behind C. (paper eq. 6: x G1 G2[l] G3[t] G4[m] G5)
 
     Args:
         h: (..., P) projected rows.
+        c_leaf: receives the gradient of C.
         c_TPQ: middle products of all tasks.
         task_N: int64 index of each row's task, as many as h has rows.
     """
-    u_NTQ = torch.einsum("np,tpq->ntq", h.flatten(0, -2), c_TPQ)
-    u_NQ = u_NTQ.gather(1, task_N[:, None, None].expand(-1, 1, u_NTQ.shape[-1])).squeeze(1)
-    return u_NQ.view(*h.shape[:-1], u_NTQ.shape[-1])
+    u: Tensor = _MixByTask.apply(h, c_leaf, c_TPQ, task_N)  # type: ignore[assignment]
+    return u
 
 
-def reference(y: Tensor, x: Tensor, a_IP: Tensor, c_PQ: Tensor, b_QO: Tensor) -> Tensor:
-    """Return y + x A C B by plain differentiable operations: what the others are compared with."""
+def reference(y: Tensor, x: Tensor, a_IP: Tensor, c_PQ: Tensor, b_QO: Tensor, task_N: Tensor | None = None) -> Tensor:
+    """Return y + x A C B by plain differentiable operations: what the others are compared with.
+
+    With tasks, C is (T, P, Q), and each row goes through that of its own.
+    """
     dtype = torch.promote_types(x.dtype, y.dtype)
-    return y + (x.to(dtype) @ a_IP.to(dtype) @ c_PQ.to(dtype) @ b_QO.to(dtype)).to(y.dtype)
+    h = x.to(dtype) @ a_IP.to(dtype)
+    if task_N is None:
+        u = h @ c_PQ.to(dtype)
+    else:
+        u = (h.flatten(0, -2)[:, None] @ c_PQ.to(dtype)[task_N]).squeeze(1).view(*h.shape[:-1], -1)
+    return y + (u @ b_QO.to(dtype)).to(y.dtype)
 
 
 def add_product(y: Tensor, u: Tensor, b_QO: Tensor) -> Tensor:

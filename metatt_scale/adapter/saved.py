@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from metatt_scale.adapter.base import Adapter
 from metatt_scale.adapter.chain import ChainAdapter
 from metatt_scale.adapter.inject import attach, compute_dtype
-from metatt_scale.adapter.modes import ChainSpec, check_order
+from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order
 from metatt_scale.adapter.targets import Target, TargetMap, is_linear, widths
 from metatt_scale.files import save_tensors, sha256, write_json
 
@@ -137,17 +137,22 @@ def _put_head(model: PreTrainedModel, folder: Path) -> None:
 
 def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]:
     """Return what `metatt.json` describes; whatever it raises on a file that was edited means "damaged"."""
-    spec = ChainSpec(**{key: tuple(description[key]) for key in ("modes", "sizes", "ranks")})
-    check_order(spec.modes, "metatt_5d" if "head" in spec.modes else "metatt_4d")
+    modes, sizes, ranks = (tuple(description[key]) for key in ("modes", "sizes", "ranks"))
+    diagonal, projections = bool(description.get("diagonal", False)), len(description["projections"])
+    spec = ChainSpec(modes=modes, sizes=sizes, ranks=ranks, diagonal=diagonal, projections=projections)
+    if not any(sorted(modes) == sorted(known) for known in KINDS.values()):
+        raise ValueError(f"modes {modes} are those of no chain")
+    check_order(modes, next(kind for kind, known in KINDS.items() if sorted(modes) == sorted(known)))
     target_map = TargetMap(
         targets=tuple(Target(**target) for target in description["targets"]),
         layers=tuple(description["layers"]),
         projections=tuple(description["projections"]),
     )
     size = dict(zip(spec.modes, spec.sizes, strict=True))
+    layers = size["site"] // projections if "site" in size else size["layer"]
     widest = size["output"] * size.get("head", 1)
     for target in target_map.targets:
-        inside = 0 <= target.layer < size["layer"] and 0 <= target.projection < size["projection"]
+        inside = 0 <= target.layer < layers and 0 <= target.projection < projections
         if not (inside and 0 < target.d_in <= size["input"] and 0 < target.d_out <= widest):
             raise ValueError(f"target {target} does not lie in a chain of sizes {size}")
     if len(spec.ranks) != len(spec.modes) - 1 or not target_map.targets:

@@ -37,5 +37,5 @@ def norm_in_use(spec: ChainSpec, cores: Sequence[Tensor], targets: Sequence[Targ
     for target in targets:
         c_PQ = c_LMPQ[min(target.layer, len(c_LMPQ) - 1), min(target.projection, c_LMPQ.shape[1] - 1)]
         left, right = small(0, a_LMIP, target, target.d_in), small(1, b_LMQO, target, target.d_out)
-        squares.append(torch.linalg.matrix_norm(left @ c_PQ @ right.mT).square())
+        squares.append(torch.linalg.matrix_norm(left @ c_PQ @ right.mT).square().sum())
     return float(torch.stack(squares).sum().sqrt())

@@ -9,16 +9,19 @@ from pydantic import Field, model_validator
 from metatt_scale.recipe.section import Section
 
 Rank = int | tuple[int, ...]
-INNER_BONDS = {"metatt_4d": 3, "metatt_5d": 4}
+INNER_BONDS = {"metatt_4d": 3, "metatt_5d": 4, "metatt_4p1d": 4, "metatt_5p1d": 5, "lotr": 2, "lorta": 4}
 """Kinds that are one tensor train, with the number of their inner bonds."""
+DIAGONAL = ("lorta",)
+"""Kinds whose middle cores have diagonal slices: all their bonds have one rank, and no sweep can cut it."""
 
 
 class AdapterRecipe(Section):
     """The tensor train shared by all layers and projections."""
 
-    kind: Literal["metatt_4d", "metatt_5d"] = "metatt_4d"
+    kind: Literal["metatt_4d", "metatt_5d", "metatt_4p1d", "metatt_5p1d", "lotr", "lorta"] = "metatt_4d"
     """`metatt_4d`: modes (input, layer, projection, output). `metatt_5d`: the output is split into (head, head
-    width)."""
+    width). `metatt_4p1d`, `metatt_5p1d`: the same with a core for `tasks` after that for layers (paper eq. 6).
+    `lotr`: (input, layer x projection, output). `lorta`: the CP form of 5D, diagonal slices."""
     rank: int | tuple[int, ...] = 16
     """TT-rank of every inner bond, or one rank per inner bond from left to right."""
     alpha: float = Field(default=2.0, gt=0, le=1e4)
@@ -32,7 +35,8 @@ class AdapterRecipe(Section):
     """Order of the modes along the chain (paper §2.3); the order named by `kind` when absent."""
     init: str | None = None
     """One letter pair per core, joined by `-`: `ze` zeros, `id` identity per slice, `no` normal(0, init_std).
-    Absent: zeros for the first core, `no` for the middle ones, `id` for the last (paper, Llama)."""
+    Absent: zeros for the first core, `no` for the middle ones, `id` for the last (paper, Llama); of `lorta` zeros for
+    the last, `id` for the middle ones, `no` for the first."""
     init_std: float = Field(default=0.2, gt=0, le=100)
     """Standard deviation of the letter pair `no`."""
     operator: Literal["fused", "reference"] = "fused"
@@ -43,6 +47,10 @@ class AdapterRecipe(Section):
     @model_validator(mode="after")
     def _check(self) -> AdapterRecipe:
         n_modes = INNER_BONDS[self.kind] + 1
+        if self.kind in DIAGONAL and not isinstance(self.rank, int):
+            raise ValueError(
+                f"`rank` is {list(self.rank)}, but {self.kind} has one rank for all bonds; give one number"
+            )
         check_ranks(self.rank, self.kind)
         if self.init is not None:
             pairs = self.init.split("-")

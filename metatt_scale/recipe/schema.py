@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from metatt_scale.recipe.adapter import AdapterRecipe, check_ranks
+from metatt_scale.recipe.adapter import DIAGONAL, INNER_BONDS, AdapterRecipe, check_ranks
 from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe
 from metatt_scale.recipe.section import Section
 from metatt_scale.recipe.sweep import SweepRecipe
@@ -215,6 +215,11 @@ class Recipe(Section):
         return self
 
     def _check_sweep(self, sweep: SweepRecipe) -> None:
+        if self.adapter.kind in DIAGONAL or self.adapter.kind not in INNER_BONDS:
+            raise ValueError(
+                f"`sweep` changes the ranks of a tensor train, and an adapter of kind {self.adapter.kind} is none "
+                "that it could cut; leave `sweep` out, or choose a metatt kind or lotr"
+            )
         for i, point in enumerate(sweep.schedule):
             check_ranks(point.rank, self.adapter.kind, f"sweep.schedule[{i}].rank")
         if sweep.formula is not None and not isinstance(self.adapter.rank, int):

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import Adapter, ChainAdapter
+from metatt_scale.adapter import Adapter, ChainAdapter, full_cores
 from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches
 from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
@@ -266,7 +266,7 @@ class Trainer:
             self._judge(scores["eval_loss"])
             report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
             if self.chain is not None:
-                report["spectra"] = spectra(list(self.chain.cores))
+                report["spectra"] = spectra(full_cores(self.chain.spec, list(self.chain.cores)))
 
     def _save_if_due(self) -> None:
         """Save where the recipe says so, and before a stop: by a signal, or because no step succeeds any more."""

@@ -29,7 +29,7 @@ class SliceNorms:
         for mode, core in zip(adapter.spec.modes, adapter.cores, strict=True):
             assert core.grad is not None
             squares = core.grad.square()
-            means = squares.mean().reshape(1) if mode in _WIDE else squares.mean(dim=(0, 2))
+            means = squares.mean().reshape(1) if mode in _WIDE else squares.transpose(0, 1).flatten(1).mean(1)
             norms[mode] = means.sqrt()
         self._sizes = {mode: len(values) for mode, values in norms.items()}
         self._norms = Arriving(torch.cat(list(norms.values())))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ def _report(
     deltas in use, where modules of other widths leave part of the chain unused.
     """
     difference = subtract(new, old)
-    wide = ChainSpec(modes=spec.modes, sizes=spec.sizes, ranks=ranks(difference))
+    wide = replace(spec, ranks=ranks(difference))
     size, in_use = float(norm(old)), norm_in_use(spec, old, targets)
     predicted = sum(cut.discarded_weight for cut in cuts) ** 0.5
     return {
