@@ -79,7 +79,8 @@ def load_backbone(
         device: where this process computes.
         seed: of random weights, which follow from it and their module's path alone.
         engine: cuts the model among processes; all of them call this together.
-        classes: put a head for so many classes on an encoder; what the files lack of it is random.
+        classes: put a head for so many classes on an encoder, for one number if 1; what the files lack of it is
+            random.
 
     Raises:
         ValueError: nothing loadable at `backbone.path`, or an option this machine or the engine cannot serve.
@@ -253,6 +254,8 @@ def _build(config: PreTrainedConfig, classes: int | None, **options: Any) -> Pre
     auto = _model_class(config, classes)
     if classes is not None:
         config.num_labels = classes
+        # What transformers would guess from labels; pipelines of an exported model have none to guess from.
+        config.problem_type = "regression" if classes == 1 else "single_label_classification"
     try:
         return auto.from_config(config, **options)
     except (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,9 +43,11 @@ class Batch(NamedTuple):
     lengths: tuple[int, ...] | None = None
     """Tokens of each example, in the order of the row, where the examples are packed; None where they are padded."""
     segments_BS: torch.Tensor | None = None
-    """int64, 1 where a token is of the second sentence of a pair; of examples with classes only."""
+    """int64, 1 where a token is of the second sentence of a pair; of labelled examples only."""
     classes_B: torch.Tensor | None = None
     """int64, the class of each example, `IGNORE` where it adds nothing; of examples with classes only."""
+    values_B: torch.Tensor | None = None
+    """float32, the number of each example, NaN where it adds nothing; of examples with numbers only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,10 +201,14 @@ def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: i
         attention_mask_BS[row, : len(tokens)] = 1
         labels_BS[row, : len(tokens)][flags] = tokens[flags]
     batch = Batch(torch.from_numpy(input_ids_BS), torch.from_numpy(attention_mask_BS), torch.from_numpy(labels_BS))
-    if table.classes is None:
-        return batch
-    classes_B = torch.from_numpy(table.classes[np.asarray(indices)].astype(np.int64))
-    return batch._replace(segments_BS=_segments(table, indices, shape), classes_B=classes_B)
+    rows = np.asarray(indices)
+    if table.labelled:
+        batch = batch._replace(segments_BS=_segments(table, indices, shape))
+    if table.classes is not None:
+        batch = batch._replace(classes_B=torch.from_numpy(table.classes[rows].astype(np.int64)))
+    if table.values is not None:
+        batch = batch._replace(values_B=torch.from_numpy(table.values[rows]))
+    return batch
 
 
 def _segments(table: TokenTable, indices: Sequence[int] | Indices, shape: tuple[int, int]) -> torch.Tensor:
@@ -227,9 +233,12 @@ def pack(table: TokenTable, indices: Sequence[int] | Indices) -> Batch:
 
 
 def _filler(table: TokenTable, index: int, packed: bool) -> Batch:
-    if table.classes is not None:
+    if table.labelled:
         batch = collate(table, [index], 0)
-        return batch._replace(classes_B=torch.full_like(cast(torch.Tensor, batch.classes_B), IGNORE))
+        return batch._replace(
+            classes_B=None if batch.classes_B is None else torch.full_like(batch.classes_B, IGNORE),
+            values_B=None if batch.values_B is None else torch.full_like(batch.values_B, math.nan),
+        )
     tokens, _ = table.example(index)
     input_ids_BS = torch.from_numpy(tokens[:_FILLER_TOKENS])[None]
     labels_BS = torch.full_like(input_ids_BS, IGNORE)

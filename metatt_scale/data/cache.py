@@ -30,6 +30,7 @@ _DTYPES = {
     "offsets": ("I64", np.int64),
     "segments": ("U8", np.uint8),
     "classes": ("I32", np.int32),
+    "values": ("F32", np.float32),
 }
 
 
@@ -43,7 +44,8 @@ def tokenize_source(
     """Return the token table of one source, from the cache where it is there, and its counts.
 
     Counts: `records` (usable), `skipped`, and those of `tokenize_records`. Processes that start together tokenise
-    once: the first one works, the others wait at a lock file. `classes` is their number in the sentences format.
+    once: the first one works, the others wait at a lock file. `classes` is their number in the sentences format, 1
+    where labels are numbers.
 
     Raises:
         ValueError: the source cannot be read, or nothing in it can be trained on.
@@ -136,7 +138,7 @@ def _tokenize(
     records = list(read_records(opened, recipe.format, on_bad, source.limit, fields))
     in_reading = len(skipped)
     if fields is not None:
-        table, counts = tokenize_sentences(records, recipe, tokenizer, progress)
+        table, counts = tokenize_sentences(records, recipe, tokenizer, fields.classes, progress)
     else:
         table, counts = tokenize_records(records, recipe, tokenizer, on_bad, progress)
     usable = len(records) - (len(skipped) - in_reading)  # a chat template may refuse a few more

@@ -53,7 +53,7 @@ def prepare(
 
     Every rank may call this: processes that share a cache folder tokenise once. `progress` is called with (records
     done, records in all) of the source at work, and not at all for a source that is in the cache. `classes` is the
-    number of classes in the sentences format.
+    number of classes in the sentences format, 1 where labels are numbers.
 
     Raises:
         ValueError: a source, a record, the tokenizer or `validation_size` is not usable.
@@ -101,5 +101,5 @@ def _tokenize_all(
     for source in sources:
         table, count = tokenize_source(source, recipe, tokenizer, progress, classes)
         tables.append(table)
-        counts.append({"path": source.path, **count})
+        counts.append({"path": source.title, **count})
     return tables, counts

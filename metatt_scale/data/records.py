@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+import numpy as np
+
 from metatt_scale.files import sha256
 from metatt_scale.recipe import DataSource
 
@@ -21,6 +23,7 @@ OnBad = Callable[[str], None]
 """Told of each record that cannot be used (the message opens with its place); may raise to stop the reading."""
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_LARGEST = float(np.finfo(np.float32).max)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -30,9 +33,9 @@ class Fields(NamedTuple):
     texts: tuple[str, ...]
     """Names of the one or two fields that hold text."""
     label: str
-    """Name of the field that holds the class."""
+    """Name of the field that holds the label."""
     classes: int
-    """Number of classes; a label is a whole number below it."""
+    """Number of classes; a label is a whole number below it. 1: a label is any finite number."""
 
 
 class OpenSource(NamedTuple):
@@ -52,6 +55,11 @@ def open_source(source: DataSource) -> OpenSource:
     """
     path = Path(source.path).expanduser()
     if path.exists():
+        if source.subset is not None:
+            raise ValueError(
+                f"data source {source.path!r} is on this machine, but has `subset: {source.subset}`, which only data "
+                "sets of the hub have; leave it out, or give the path of the files meant"
+            )
         files = _files(path)
         identity = tuple(part for file in files for part in (_suffix(file), sha256(file)))
         return OpenSource(identity, lambda on_bad: _read_files(files, on_bad))
@@ -64,7 +72,7 @@ def open_source(source: DataSource) -> OpenSource:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    place = f"{source.path} [{source.split}], record "
+    place = f"{source.title} [{source.split}], record "
     return OpenSource(("hub", digest.hexdigest()), lambda _: ((row, f"{place}{n}") for n, row in enumerate(rows, 1)))
 
 
@@ -124,13 +132,20 @@ def _label_problem(record: Record, fields: Fields) -> str | None:
     if problem := _absent(record, fields.label):
         return problem
     label = record[fields.label]
+    shown = f"{label!r} ({_kind(label)})" if isinstance(label, str | float) else _kind(label)
+    if fields.classes == 1:
+        if isinstance(label, bool) or not isinstance(label, int | float):
+            return f"has {shown} in field {fields.label!r}, which must be a number (`classifier.labels` is 1)"
+        if not -_LARGEST <= label <= _LARGEST:  # JSON as Python reads it also has NaN and Infinity
+            return f"has {str(label)[:40]} in field {fields.label!r}, which must be finite in 32 bits"
+        return None
     if type(label) is not int:
-        shown = f"{label!r} ({_kind(label)})" if isinstance(label, str | float) else _kind(label)
         return f"has {shown} in field {fields.label!r}, which must be a whole number"
     if not 0 <= label < fields.classes:
+        unlabelled = "; -1 marks records without a label, as in GLUE's test splits: name a split that has them"
         return (
             f"has the class {label} in field {fields.label!r}, but classes run from 0 to {fields.classes - 1} "
-            f"(`classifier.labels` is {fields.classes})"
+            f"(`classifier.labels` is {fields.classes}){unlabelled if label == -1 else ''}"
         )
     return None
 
@@ -255,11 +270,19 @@ def _hub_rows(source: DataSource) -> list[Record]:
     try:
         import datasets  # slow to import, and only hub ids need it
 
-        rows = datasets.load_dataset(source.path, split=source.split)
+        rows = datasets.load_dataset(source.path, name=source.subset, split=source.split)
         return [dict(cast(Record, row)) for row in islice(rows, source.limit)]
     except Exception as error:  # whatever the hub, the network or a data file does wrong
+        several = re.search(r"Config name is missing.*?available configs: \[(.*?)\]", str(error), re.DOTALL)
+        if several and source.subset is None:
+            names = several[1].replace("'", "")
+            raise ValueError(
+                f"data source {source.path!r} has several subsets; name one beside its path, for example "
+                f"`subset: {names.split(',')[0]}` (it has {names})"
+            ) from error
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(
-            f"data source {source.path!r} is no file or folder here, and the hub did not deliver its split "
-            f"{source.split!r} ({type(error).__name__}: {reason}); check the spelling, `split` and the network"
+            f"data source {source.title!r} is no file or folder here, and the hub did not deliver its split "
+            f"{source.split!r} ({type(error).__name__}: {reason}); check the spelling, `subset`, `split` and the "
+            "network"
         ) from error

@@ -1,4 +1,4 @@
-"""Sentences and pairs of them to tokens, each record with a class instead of tokens to predict.
+"""Sentences and pairs of them to tokens, each record with a class or a number instead of tokens to predict.
 
 Shape letters: T tokens of all examples, E examples.
 """
@@ -22,9 +22,12 @@ def tokenize_sentences(
     records: Sequence[tuple[Record, str]],
     recipe: DataRecipe,
     tokenizer: PreTrainedTokenizerFast,
+    classes: int,
     progress: Progress | None = None,
 ) -> tuple[TokenTable, dict[str, int]]:
     """Tokenise the fields `recipe.text_fields` with the tokenizer's special tokens around and between them.
+
+    With 1 for `classes` labels are numbers.
 
     What is beyond `cutoff_length` is cut off the end of the longer sentence, so that every special token stays.
 
@@ -32,9 +35,12 @@ def tokenize_sentences(
     the examples.
 
     Raises:
-        ValueError: the tokenizer is a slow one.
+        ValueError: the tokenizer is a slow one, or all numbers are -1.
     """
     check_fast(tokenizer)
+    labels = [record[recipe.label_field] for record, _ in records]
+    if classes == 1:
+        _check_numbers(labels, recipe.label_field)
     tokens, segments, truncated = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], 0
     for start in range(0, len(records), CHUNK):
         encoded = _encode([record for record, _ in records[start : start + CHUNK]], recipe, tokenizer)
@@ -49,10 +55,20 @@ def tokenize_sentences(
         flags=np.zeros(len(flat), np.uint8),
         offsets=np.cumsum([len(ids) for ids in tokens], dtype=np.int64),
         segments=np.concatenate(segments),
-        classes=np.array([record[recipe.label_field] for record, _ in records], np.int32),
+        classes=np.array(labels, np.int32) if classes > 1 else None,
+        values=np.array(labels, np.float32) if classes == 1 else None,
     )
     counts = {"examples": len(table), "truncated": truncated, "dropped": 0}
     return table, {**counts, "tokens": len(flat), "targets": len(table)}
+
+
+def _check_numbers(labels: Sequence[float], field: str) -> None:
+    # One -1 may be meant; nothing but -1 teaches nothing.
+    if labels and all(label == -1 for label in labels):
+        raise ValueError(
+            f"all {len(labels)} records have -1 in field {field!r}, which marks records without a label, as in "
+            "GLUE's test splits; name a split that has them"
+        )
 
 
 def _encode(records: Sequence[Record], recipe: DataRecipe, tokenizer: PreTrainedTokenizerFast) -> BatchEncoding:

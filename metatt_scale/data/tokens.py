@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 logger = logging.getLogger(__name__)
 CHUNK = 512
 """Records per call of the tokenizer, which spreads them over its threads."""
-_ARRAYS = ("tokens", "flags", "offsets", "segments", "classes")
+_ARRAYS = ("tokens", "flags", "offsets", "segments", "classes", "values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,16 @@ class TokenTable:
     offsets: NDArray[np.int64]
     """(E + 1,) example i is tokens[offsets[i]:offsets[i + 1]]."""
     segments: NDArray[np.uint8] | None = None
-    """(T,) 1 where a token is of the second sentence of a pair; of records with classes only."""
+    """(T,) 1 where a token is of the second sentence of a pair; of labelled records only."""
     classes: NDArray[np.int32] | None = None
-    """(E,) class of each example; of records with classes only, which have no tokens to be predicted."""
+    """(E,) class of each example; of records with classes only."""
+    values: NDArray[np.float32] | None = None
+    """(E,) number of each example; of records with numbers only."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each example has a class or a number, and no tokens to be predicted."""
+        return self.segments is not None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return by name what there is of the above."""

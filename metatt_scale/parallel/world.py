@@ -63,6 +63,14 @@ class World:
         rows[self.rank] = values
         return self.sum(rows)  # the same collective on every backend and version
 
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, those of rank 0 first; each rank may have another number of them."""
+        counts = self.gather(torch.tensor(len(rows), device=rows.device)).tolist()
+        before = sum(counts[: self.rank])
+        joined = rows.new_zeros((sum(counts), *rows.shape[1:]))
+        joined[before : before + len(rows)] = rows
+        return self.sum(joined)
+
     def from_first(self, compute: Callable[[], Message]) -> Message:
         """Run `compute` on rank 0 alone and return its result on every rank (tensors on the CPU).
 

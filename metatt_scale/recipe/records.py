@@ -1,4 +1,4 @@
-"""Sections of a recipe about records: where they are read, what is in them, the classes they may have."""
+"""Sections of a recipe about records: where they are read, what is in them, the labels they may have."""
 
 from __future__ import annotations
 
@@ -8,12 +8,40 @@ from pydantic import Field, model_validator
 
 from metatt_scale.recipe.section import Section as _Section
 
+OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("spearman", "pearson")
+"""Scores of each kind of label; the first is the headline unless another is asked for."""
+
 
 class ClassifierRecipe(_Section):
-    """Classes of whole records (`data.format: sentences`), on an encoder. Absent: a language model."""
+    """Labels of whole records (`data.format: sentences`), on an encoder. Absent: a language model."""
 
-    labels: int = Field(ge=2, le=10_000)
-    """Number of classes. The head that tells them apart stays frozen at a random start, which follows from `seed`."""
+    labels: int = Field(ge=1, le=10_000)
+    """Number of classes; 1 means regression, whose labels are numbers. The head stays frozen at a random start, which
+    follows from `seed`."""
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = None
+    """The headline among the scores, by which `training.best_by: metric` chooses. Absent: accuracy of classes,
+    Spearman's rank correlation of numbers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifierRecipe:
+        if self.metric is not None and self.metric not in self._scores:
+            kind = "numbers (`labels` is 1)" if self.is_regression else f"{self.labels} classes"
+            raise ValueError(f"`metric` is {self.metric}, but {kind} are scored by {', '.join(self._scores)}")
+        return self
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether labels are numbers, not classes."""
+        return self.labels == 1
+
+    @property
+    def headline(self) -> str:
+        """The score that stands for all: `metric`, or the usual one."""
+        return self.metric or self._scores[0]
+
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        return OF_NUMBERS if self.is_regression else OF_CLASSES
 
 
 class DataSource(_Section):
@@ -21,12 +49,19 @@ class DataSource(_Section):
 
     path: str = Field(min_length=1)
     """`.json`, `.jsonl`, either with `.gz`, a folder of such files, or a hub id."""
+    subset: str | None = Field(default=None, min_length=1)
+    """Configuration of a hub data set that has several, such as `mrpc` of nyu-mll/glue."""
     split: str = "train"
     """Split of a hub data set (ignored for files)."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Passes over this source per epoch: 1 takes each record once, 0.5 a fresh half each epoch, 2 each twice."""
     limit: int | None = Field(default=None, gt=0)
     """Use only the first so many records."""
+
+    @property
+    def title(self) -> str:
+        """What a reader is told that the records are."""
+        return self.path if self.subset is None else f"{self.path} {self.subset}"
 
 
 class DataRecipe(_Section):
@@ -40,11 +75,12 @@ class DataRecipe(_Section):
     """Records split off the training sources for validation (a pure function of the seed)."""
     format: Literal["instruction", "chat", "text", "sentences"] = "instruction"
     """`instruction`: {instruction, input, output}. `chat`: {messages} through the tokenizer's template.
-    `text`: {text}. `sentences`: the fields of `text_fields`, with a class in `label_field`."""
+    `text`: {text}. `sentences`: the fields of `text_fields`, with a label in `label_field`."""
     text_fields: tuple[str, ...] = ()
     """Fields that hold the sentence, or the two of a pair (`format: sentences`)."""
     label_field: str = Field(default="label", min_length=1)
-    """Field that holds the class of a record, a whole number from 0 (`format: sentences`)."""
+    """Field that holds the label of a record: its class, a whole number from 0, or with `classifier.labels: 1` any
+    number (`format: sentences`)."""
     template: Literal["llm_adapters", "plain"] = "llm_adapters"
     """Prompt of instruction records: that of LLM-Adapters (Hu et al. 2023), or instruction and input as they are."""
     cutoff_length: int = Field(default=256, ge=8)
@@ -83,4 +119,4 @@ class DataRecipe(_Section):
                 f"`text_fields` is {list(fields)} and `label_field` {self.label_field}; name different fields"
             )
         if self.train_on_inputs:
-            raise ValueError("`train_on_inputs` is true, but the loss of `format: sentences` is that of classes")
+            raise ValueError("`train_on_inputs` is true, but the loss of `format: sentences` is that of labels")

@@ -79,9 +79,11 @@ class TrainingRecipe(Section):
     keep_checkpoints: int = Field(default=2, ge=2)
     """Newest checkpoints kept on disk; never fewer than two."""
     keep: Literal["last", "best"] = "last"
-    """Which adapter the run ends with: the last, or that of the lowest evaluation loss."""
+    """Which adapter the run ends with: the last, or that of the best evaluation (`best_by`)."""
+    best_by: Literal["loss", "metric"] = "loss"
+    """What makes an evaluation the best: the lowest loss, or the highest `classifier.metric`."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a lower loss."""
+    """Stop after so many evaluations that were not the best so far."""
     max_nonfinite_steps: int = Field(default=5, ge=1)
     """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
     resume: Literal["auto", "exact", "never"] = "auto"
@@ -203,10 +205,15 @@ class Recipe(Section):
                 "`training.keep: best` and `training.early_stopping_patience` need validation records; "
                 "set `data.validation_size` or `data.validation`"
             )
+        if self.classifier is None and training.best_by == "metric":
+            raise ValueError(
+                "`training.best_by` is metric, but there is no `classifier`, and a language model has only its loss "
+                "while it trains; leave it out"
+            )
         if self.classifier is None and data.format == "sentences":
             raise ValueError(
                 "`data.format` is sentences, but there is no `classifier`; say how many classes the records have, "
-                "for example `classifier: {labels: 2}`, or choose another format"
+                "for example `classifier: {labels: 2}` (1 for numbers), or choose another format"
             )
         if self.classifier is not None:
             self._check_classifier()
@@ -228,7 +235,7 @@ class Recipe(Section):
     def _check_classifier(self) -> None:
         if self.data.format != "sentences":
             raise ValueError(
-                f"`classifier` needs records with a class, but `data.format` is {self.data.format}; set "
+                f"`classifier` needs records with a label, but `data.format` is {self.data.format}; set "
                 "`data.format: sentences` and `data.text_fields`, or leave `classifier` out"
             )
         if self.training.packing is True:
@@ -251,5 +258,5 @@ def only_language_models(recipe: Recipe, command: str) -> None:
     if recipe.classifier is not None:
         remedy = "give a recipe without one"
         if command == "evaluate":
-            remedy = "its scores are eval_loss, eval_accuracy and eval_f1 in metrics.jsonl"
+            remedy = f"its scores are eval_loss, eval_{recipe.classifier.headline} and others in metrics.jsonl"
         raise ValueError(f"`{command}` is for language models, but this recipe has a `classifier`; {remedy}")

@@ -12,6 +12,9 @@ _LABELS = {
     "eval_loss": "evaluation loss (nats)",
     "eval_accuracy": "accuracy",
     "eval_f1": "F1",
+    "eval_matthews": "Matthews correlation",
+    "eval_pearson": "Pearson correlation",
+    "eval_spearman": "Spearman rank correlation",
 }
 
 

@@ -11,6 +11,7 @@ Everything else a run needs is a pure function of (recipe, step): data order, dr
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -58,7 +59,9 @@ class RunState:
     """Steps skipped because loss or gradient was not finite."""
     skipped_in_a_row: int = 0
     best_loss: float | None = None
-    """Lowest evaluation loss so far."""
+    """Loss of the best evaluation so far."""
+    best_metric: float | None = None
+    """Its headline score, where that made it the best (`training.best_by: metric`)."""
     best_step: int | None = None
     evaluations_without_gain: int = 0
     target_tokens: int = 0
@@ -67,6 +70,24 @@ class RunState:
     """Sweeps so far: step, and ranks after it."""
     finished: bool = False
     """Nothing is left to train (all steps done, or stopped early)."""
+
+    def improved(self, loss: float, metric: float | None = None) -> bool:
+        """Take note of an evaluation; return whether it is the best so far, by its metric if that is given."""
+        if metric is not None:
+            better = self.best_metric is None or metric > self.best_metric
+        else:
+            better = self.best_loss is None or loss < self.best_loss
+        if not (better and math.isfinite(loss) and (metric is None or math.isfinite(metric))):
+            self.evaluations_without_gain += 1
+            return False
+        self.best_loss, self.best_metric, self.best_step = loss, metric, self.step
+        self.evaluations_without_gain = 0
+        return True
+
+    def forget_best(self) -> None:
+        """Let the next evaluation be the best so far."""
+        self.best_loss = self.best_metric = self.best_step = None
+        self.evaluations_without_gain = 0
 
 
 @dataclass(kw_only=True)

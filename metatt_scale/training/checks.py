@@ -85,7 +85,7 @@ def check_writable(folder: Path) -> None:
 def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
     """Refuse a model that is not causal (unless it is a classifier), and records it has no embeddings for."""
     name = type(model).__name__
-    if data.table.classes is None:
+    if not data.table.labelled:
         check_causal(model)
     embeddings = model.get_input_embeddings()
     # Not the rows of its weight, which may be sharded.

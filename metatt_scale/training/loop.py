@@ -249,8 +249,8 @@ class Trainer:
         )
         if result.report["ranks_before"] != result.report["ranks_after"]:
             # The best cores so far have ranks that were not asked to last.
-            self.progress.best_loss, self.progress.best_step, self.best = None, None, {}
-            self.progress.evaluations_without_gain = 0
+            self.progress.forget_best()
+            self.best = {}
         self.install(result.values, result.moments)
         report["sweep"], report["ranks"] = result.report, result.report["ranks_after"]
         self.progress.sweeps.append({"step": step, "ranks": report["ranks"]})
@@ -263,7 +263,7 @@ class Trainer:
         """Evaluate where the recipe says so; the report gets the scores (None where one is not finite)."""
         if self._due(self.recipe.training.eval_every) and self.data.validation is not None:
             scores = self.evaluate()
-            self._judge(scores["eval_loss"])
+            self._judge(scores)
             report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
             if self.chain is not None:
                 report["spectra"] = spectra(full_cores(self.chain.spec, list(self.chain.cores)))
@@ -288,23 +288,22 @@ class Trainer:
         assert isinstance(every, int)
         return self.progress.step % every == 0 or self.progress.finished
 
-    def _judge(self, loss: float) -> None:
+    def _judge(self, scores: dict[str, float]) -> None:
         """Remember the best values, and stop early where the recipe says so."""
-        progress, patience = self.progress, self.recipe.training.early_stopping_patience
-        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-            progress.best_loss, progress.best_step = loss, progress.step
-            progress.evaluations_without_gain = 0
+        progress, training = self.progress, self.recipe.training
+        metric, patience = self.objective.headline, training.early_stopping_patience
+        by_metric = training.best_by == "metric"
+        if progress.improved(scores["eval_loss"], scores[metric] if by_metric else None):
             self.best = {name: value.clone() for name, value in self.adapter.tensors().items()}
-        else:
-            progress.evaluations_without_gain += 1
-            if patience is not None and progress.evaluations_without_gain >= patience:
-                progress.finished = True
-                left = sum(step > progress.step for step in self.sweeps.targets)
-                self.console.print(
-                    f"stopped early after step {progress.step}: no lower loss in {patience} evaluations"
-                    + (f"; {left} sweeps were not made" if left else ""),
-                    highlight=False,
-                )
+        elif patience is not None and progress.evaluations_without_gain >= patience:
+            progress.finished = True
+            left = sum(step > progress.step for step in self.sweeps.targets)
+            wanted = f"higher {metric}" if by_metric else "lower loss"
+            self.console.print(
+                f"stopped early after step {progress.step}: no {wanted} in {patience} evaluations"
+                + (f"; {left} sweeps were not made" if left else ""),
+                highlight=False,
+            )
 
     def evaluate(self) -> dict[str, float]:
         """Return the scores over the validation records, `eval_loss` (nats) first."""

@@ -16,6 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from metatt_scale.files import naming, write_text
 from metatt_scale.recipe import Recipe
 
+_SCORES = {
+    "eval_loss": "eval",
+    **{f"eval_{name}": name for name in ("accuracy", "f1", "matthews", "pearson", "spearman")},
+}
+"""Keys of an evaluation, and how the terminal names them."""
+
 
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each with its `step`."""
@@ -107,7 +113,7 @@ def shown(report: Mapping[str, Any]) -> dict[str, str]:
         "ranks": ",".join(map(str, report["ranks"])),
         "mem": f"{report['memory_gib']:.1f}G",
     }
-    for name, label in (("eval_loss", "eval"), ("eval_accuracy", "accuracy"), ("eval_f1", "f1")):
+    for name, label in _SCORES.items():
         if name in report:
             numbers[label] = "not finite" if report[name] is None else f"{report[name]:.4f}"
     return numbers

@@ -1,25 +1,20 @@
-"""What a run minimises and is judged by: the loop sends batches, the objective knows what they mean.
-
-Shape legend: B examples of a micro-batch, S tokens of the longest, K classes.
-"""
+"""What a run minimises and is judged by: the loop sends batches, the objective knows what they mean."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from metatt_scale.data import IGNORE, Batch, TokenTable, target_count
-from metatt_scale.device import to_device
+from metatt_scale.data import Batch, TokenTable, target_count
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe
+from metatt_scale.training.classifier import Classes, Numbers
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.start import make_ready
 
@@ -30,6 +25,11 @@ class Objective(Protocol):
     @property
     def packed(self) -> bool:
         """Whether the examples of a micro-batch stand in one row."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """The score that stands for all of `evaluate`'s, more of it being better; `eval_loss` where that is all."""
         ...
 
     def denominator(self, table: TokenTable, indices: Any) -> int:
@@ -52,7 +52,10 @@ def make_objective(recipe: Recipe, model: PreTrainedModel, world: World, console
         ValueError: `training.packing` is true and the model cannot take packed examples.
     """
     if recipe.classifier is not None:
-        return Classes(model, world, recipe.classifier.labels)
+        headline = f"eval_{recipe.classifier.headline}"
+        if recipe.classifier.is_regression:
+            return Numbers(model, world, headline)
+        return Classes(model, world, recipe.classifier.labels, headline)
     packed = make_ready(model, recipe.training.packing, world.device, console)
     return NextTokens(model, world, packed)
 
@@ -64,6 +67,7 @@ class NextTokens:
     model: PreTrainedModel
     world: World
     packed: bool
+    headline: str = field(default="eval_loss", init=False)
 
     def denominator(self, table: TokenTable, indices: Any) -> int:
         """Return the number of target tokens."""
@@ -80,76 +84,3 @@ class NextTokens:
         for batch in batches:
             total += self.loss_sum(batch)
         return {"eval_loss": float(self.world.sum(total)) / denominator}
-
-
-@dataclass(frozen=True)
-class Classes:
-    """A classifier's: the cross entropy of every example's class."""
-
-    model: PreTrainedModel
-    world: World
-    n_classes: int
-    packed: bool = field(default=False, init=False)
-    """Encoders attend both ways, which packed rows are not made for (backbone/attention.py): always padded."""
-
-    def denominator(self, table: TokenTable, indices: Any) -> int:
-        """Return the number of examples."""
-        return len(indices)
-
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Return the loss summed over the examples; a filler adds nothing."""
-        return self._loss_sum(self._logits(batch), batch)
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], denominator: int) -> dict[str, float]:
-        """Return `eval_loss`, the mean per example, `eval_accuracy` and `eval_f1` (see `class_scores`)."""
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        counts_KK = torch.zeros(self.n_classes, self.n_classes, dtype=torch.float64, device=self.world.device)
-        for batch in batches:
-            logits_BK = self._logits(batch)
-            total += self._loss_sum(logits_BK, batch)
-            classes_B = to_device(_classes(batch), self.world.device)
-            known_B = classes_B != IGNORE
-            pairs = (classes_B[known_B], logits_BK.argmax(1)[known_B])
-            counts_KK.index_put_(pairs, counts_KK.new_ones(()), accumulate=True)
-        self.world.sum(total)
-        self.world.sum(counts_KK)
-        return {"eval_loss": float(total) / denominator, **class_scores(counts_KK.cpu().numpy())}
-
-    def _logits(self, batch: Batch) -> Tensor:
-        """Return (B, K) in the model's type."""
-        device, arguments = self.world.device, {}
-        if not bool(batch.attention_mask_BS.all()):  # on the host; without a mask the fast kernels apply
-            arguments["attention_mask"] = to_device(batch.attention_mask_BS, device)
-        if getattr(self.model.config, "type_vocab_size", 1) > 1:  # RoBERTa does not tell sentences apart
-            assert batch.segments_BS is not None
-            arguments["token_type_ids"] = to_device(batch.segments_BS, device)
-        return self.model(input_ids=to_device(batch.input_ids_BS, device), **arguments).logits
-
-    def _loss_sum(self, logits_BK: Tensor, batch: Batch) -> Tensor:
-        wide_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32))
-        return F.cross_entropy(
-            wide_BK, to_device(_classes(batch), self.world.device), reduction="sum", ignore_index=IGNORE
-        )
-
-
-def _classes(batch: Batch) -> Tensor:
-    assert batch.classes_B is not None
-    return batch.classes_B
-
-
-def class_scores(counts_KK: np.ndarray) -> dict[str, float]:
-    """Return accuracy and F1 of predictions: of class 1 where there are two (as GLUE's MRPC), else the classes' mean.
-
-    Args:
-        counts_KK: examples of class [row] that were taken for class [column].
-    """
-    from sklearn.metrics import accuracy_score, f1_score  # slow to import, and only classifiers need it
-
-    truth_KK, taken_KK = np.indices(counts_KK.shape)
-    truth, taken, weights = truth_KK.ravel(), taken_KK.ravel(), counts_KK.ravel()
-    average = "binary" if len(counts_KK) == 2 else "macro"
-    return {
-        "eval_accuracy": float(accuracy_score(truth, taken, sample_weight=weights)),
-        "eval_f1": float(f1_score(truth, taken, average=average, sample_weight=weights, zero_division=cast(Any, 0))),
-    }

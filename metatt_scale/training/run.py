@@ -233,8 +233,9 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "kind": recipe.adapter.kind,
         "step": progress.best_step if best else progress.step,
         "best_loss": progress.best_loss,
+        "best_metric": progress.best_metric,
         "target_tokens": progress.target_tokens,
-        "records": [source.path for source in recipe.data.train],
+        "records": [source.title for source in recipe.data.train],
         "recipe": recipe.model_dump(mode="json"),
         "metatt_scale": __version__,
     }

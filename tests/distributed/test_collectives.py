@@ -29,6 +29,7 @@ def test_sums_and_rows_are_the_same_everywhere(seen):
     for s in seen:
         assert s["sum"] == [3.0, 3.0]
         assert s["gathered"] == [[0, 0], [1, 10], [2, 20]]
+        assert s["joined"] == [[1, 1], [2, 2], [2, 2]], "rank r has r rows of r"
 
 
 @pytest.mark.slow
@@ -73,6 +74,7 @@ def test_replicas_that_differ_by_one_bit_are_named(seen):
 def test_a_world_of_one_needs_no_group():
     world = World(device=CPU)
     assert world.sum(torch.ones(2)).tolist() == [1, 1] and world.gather(torch.ones(2)).tolist() == [[1, 1]]
+    assert world.concatenate(torch.ones(3, 2)).tolist() == [[1, 1]] * 3
     value, tensors = world.from_first(lambda: (1, {"a": torch.ones(1)}))
     assert value == 1 and tensors["a"].tolist() == [1]
     check_same(world, {"a": "b"}, "")

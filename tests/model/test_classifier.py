@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -16,7 +15,7 @@ from metatt_scale.export import export
 from metatt_scale.recipe import BackboneRecipe
 from metatt_scale.reopen import reopen
 from metatt_scale.training import loop, train
-from metatt_scale.training.objective import Classes, class_scores
+from metatt_scale.training.classifier import Classes
 from tests.tiny import FLOAT32, FLOAT64, randomise
 from tests.toy import BERT, CPU, LLAMA, ROBERTA, UNDROPPED, bits_of, make_trainer, metrics, quiet, toy_classifier
 
@@ -162,19 +161,6 @@ def test_a_damaged_or_unfitting_head_is_refused(tmp_path):
 # ---- scores
 
 
-@pytest.mark.parametrize(
-    ("counts", "accuracy", "f1"),
-    [
-        ([[5, 0], [0, 3]], 1.0, 1.0),
-        ([[0, 4], [0, 6]], 0.6, 2 * 6 / (2 * 6 + 4)),  # everything taken for class 1
-        ([[4, 0], [6, 0]], 0.4, 0.0),
-        ([[2, 1, 0], [0, 3, 0], [1, 0, 3]], 0.8, (2 / 3 + 6 / 7 + 6 / 7) / 3),
-    ],
-)
-def test_scores_of_known_predictions(counts, accuracy, f1):
-    assert class_scores(np.array(counts, float)) == pytest.approx({"eval_accuracy": accuracy, "eval_f1": f1})
-
-
 def test_scores_do_not_depend_on_micro_batches_and_are_written(tmp_path):
     one, other = (double_trainer(tmp_path, micro_batch_size=size).evaluate() for size in (16, 5))
     assert one == pytest.approx(other, rel=FLOAT64)
@@ -182,6 +168,7 @@ def test_scores_do_not_depend_on_micro_batches_and_are_written(tmp_path):
     evaluated = [line for line in metrics(tmp_path / "run") if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [3, 6]
     assert all(0 <= line[name] <= 1 for line in evaluated for name in ("eval_accuracy", "eval_f1"))
+    assert all(-1 <= line["eval_matthews"] <= 1 for line in evaluated)
 
 
 def test_a_trained_chain_tells_classes_apart(tmp_path):
@@ -243,6 +230,7 @@ def test_the_merged_export_is_a_transformers_classifier(tmp_path):
     [
         ({"one": "a", "two": "b", "label": 2}, "class 2 in field 'label', but classes run from 0 to 1"),
         ({"one": "a", "two": "b", "label": -1}, "class -1 in field 'label'"),
+        ({"one": "a", "two": "b", "label": -1}, "-1 marks records without a label, as in GLUE's test splits"),
         ({"one": "a", "two": "b", "label": "yes"}, "'yes' (a string) in field 'label', which must be a whole number"),
         ({"one": "a", "two": "b", "label": 1.0}, "1.0 (a number) in field 'label', which must be a whole number"),
         ({"one": "a", "two": "b", "label": True}, "a boolean in field 'label'"),

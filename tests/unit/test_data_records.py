@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from metatt_scale.data.records import open_source, read_records, record_problem
+from metatt_scale.data.records import Fields, open_source, read_records, record_problem
 from metatt_scale.recipe import DataSource
 
 RECORDS = [{"instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(5)]
@@ -14,13 +14,13 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 ARRAY = json.dumps(RECORDS, indent=1).encode()
 
 
-def read(path, *, skip=None, limit=None, split="train"):
+def read(path, *, skip=None, limit=None, **keys):
     """Read as the cache does: stop at a bad record, or collect the messages in `skip`."""
 
     def stop(message):
         raise ValueError(message)
 
-    opened = open_source(DataSource(path=str(path), split=split))
+    opened = open_source(DataSource(path=str(path), **keys))
     return list(read_records(opened, "instruction", stop if skip is None else skip.append, limit))
 
 
@@ -134,25 +134,85 @@ def test_limit_counts_usable_records(tmp_path):
 def test_hub_ids_go_to_datasets(monkeypatch):
     asked = []
 
-    def load_dataset(path, *, split):
-        asked.append((path, split))
+    def load_dataset(path, *, name, split):
+        asked.append((path, name, split))
         return iter(RECORDS)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     found = read("owner/name", split="test")
-    assert asked == [("owner/name", "test")]
     assert [record for record, _ in found] == RECORDS
     assert found[1][1] == "owner/name [test], record 2"
+    assert read("owner/name", subset="mrpc", limit=1)[0][1] == "owner/name mrpc [train], record 1"
+    assert asked == [("owner/name", None, "test"), ("owner/name", "mrpc", "train")]
 
 
 def test_a_failure_of_the_hub_is_one_line(monkeypatch):
-    def load_dataset(path, *, split):
+    def load_dataset(path, *, name, split):
         raise RuntimeError("no such thing\nand a long\ntrace")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(ValueError, match=r"owner/name.*RuntimeError: no such thing") as caught:
-        read("owner/name")
+    with pytest.raises(
+        ValueError, match=r"owner/name mrcp.*RuntimeError: no such thing.*check the spelling"
+    ) as caught:
+        read("owner/name", subset="mrcp")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def glue(tmp_path, monkeypatch):
+    """A folder that the library reads as it reads a data set of the hub: two subsets, a test split without labels."""
+    datasets = pytest.importorskip("datasets")
+    row = {"sentence1": "a", "sentence2": "b", "idx": 7}
+    configs = []
+    for name in ("cola", "mrpc"):
+        (tmp_path / name).mkdir()
+        files = [{"split": split, "path": f"{name}/{split}.jsonl"} for split in ("train", "test")]
+        configs.append({"config_name": name, "data_files": files})
+        for split, label in (("train", 1), ("test", -1)):
+            (tmp_path / name / f"{split}.jsonl").write_text(json.dumps({**row, "label": label}) + "\n")
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    load = datasets.load_dataset
+
+    def load_dataset(path, **keys):
+        assert path == "nyu-mll/glue"
+        return load(str(tmp_path), cache_dir=str(tmp_path / "cache"), **keys)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return row
+
+
+PAIRS = Fields(("sentence1", "sentence2"), "label", 2)
+
+
+def read_pairs(**source):
+    opened = open_source(DataSource(path="nyu-mll/glue", **source))
+    return list(read_records(opened, "sentences", fail_on_bad, None, PAIRS))
+
+
+def fail_on_bad(message):
+    raise ValueError(message)
+
+
+def test_a_subset_is_read_and_what_is_not_asked_for_ignored(glue):
+    assert [record for record, _ in read_pairs(subset="mrpc")] == [{**glue, "label": 1}]
+
+
+def test_a_missing_or_wrong_subset_is_told_with_those_there_are(glue):
+    with pytest.raises(ValueError, match=r"has several subsets; .* `subset: cola` \(it has cola, mrpc\)$"):
+        read_pairs()
+    with pytest.raises(ValueError, match=r"'mrcp' not found\. Available: \['cola', 'mrpc'\]\); check .* `subset`"):
+        read_pairs(subset="mrcp")
+
+
+def test_rows_without_labels_are_refused(glue):
+    with pytest.raises(ValueError, match=r"mrpc \[test\], record 1: record has the class -1 .*: name a split"):
+        read_pairs(subset="mrpc", split="test")
+
+
+def test_files_have_no_subsets(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(ValueError, match=r"is on this machine, but has `subset: mrpc`.*; leave it out"):
+        read(tmp_path / "a.jsonl", subset="mrpc")
 
 
 def test_identity_follows_the_content(tmp_path):

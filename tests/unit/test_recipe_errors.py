@@ -67,13 +67,17 @@ CLASSIFIER = "classifier: {labels: 2}\n"
 CLASSIFIERS = [
     whole("no classifier", SENTENCES, "`data.format` is sentences", "no `classifier`", "classifier: {labels: 2}"),
     whole(
-        "no sentences", GOOD + CLASSIFIER, "`classifier` needs records with a class", "set `data.format: sentences`"
+        "no sentences", GOOD + CLASSIFIER, "`classifier` needs records with a label", "set `data.format: sentences`"
     ),
     whole("three fields", SENTENCES.replace("two]", "two, three]") + CLASSIFIER, "name one field or two"),
     whole("no field", SENTENCES.replace("[one, two]", "[]") + CLASSIFIER, "name one field or two"),
     whole("one field twice", SENTENCES.replace("two]", "one]") + CLASSIFIER, "name different fields"),
     whole("fields of text", GOOD + "  text_fields: [one]", "`text_fields` is ['one']", "`format` is instruction"),
-    whole("one class", SENTENCES + CLASSIFIER.replace("2", "1"), "`classifier.labels` is 1", "at least 2"),
+    whole("no label", SENTENCES + CLASSIFIER.replace("2", "0"), "`classifier.labels` is 0", "at least 1"),
+    whole("numbers by F1", SENTENCES + "classifier: {labels: 1, metric: f1}", "numbers (`labels` is 1)", "pearson"),
+    whole("classes by rank", SENTENCES + "classifier: {labels: 3, metric: spearman}", "3 classes", "matthews"),
+    whole("metric", SENTENCES + "classifier: {labels: 3, metric: mcc}", "`classifier.metric`", "'matthews'"),
+    whole("best text", GOOD + "training: {best_by: metric}", "`training.best_by` is metric", "leave it out"),
     whole(
         "packed", SENTENCES + CLASSIFIER + "training: {packing: true}", "`training.packing` is true", "leave it out"
     ),

@@ -31,6 +31,7 @@ def report(world: World) -> dict:
     rank = world.rank
     seen = {"rank": rank, "size": world.size, "first": world.is_first}
     seen["sum"] = world.sum(torch.tensor([1.0, float(rank)])).tolist()
+    seen["joined"] = world.concatenate(torch.full((rank, 2), rank)).tolist()
     seen["gathered"] = world.gather(torch.tensor([rank, 10 * rank])).tolist()
     tensors = {"a": torch.arange(6.0).view(2, 3), "empty": torch.zeros(0, 4), "half": torch.ones(2).bfloat16()}
     value, got = world.from_first(lambda: ({"x": [1, None, "ä"]}, tensors) if rank == 0 else (1 / 0, {}))
