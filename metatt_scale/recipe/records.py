@@ -14,6 +14,10 @@ class ClassifierRecipe(_Section):
 
     labels: int = Field(ge=2, le=10_000)
     """Number of classes. The head that tells them apart stays frozen at a random start, which follows from `seed`."""
+    init_std: float | None = Field(default=None, gt=0, le=10)
+    """Standard deviation of the head's random weights (what the files hold stays); the model's own, mostly 0.02, when
+    absent. The head is frozen and what it reads is normalised, so this bounds every logit: too small, and nothing can
+    be learnt."""
 
 
 class DataSource(_Section):
