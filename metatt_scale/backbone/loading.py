@@ -67,6 +67,7 @@ def load_backbone(
     seed: int = 0,
     engine: Engine | None = None,
     classes: int | None = None,
+    head_std: float | None = None,
 ) -> PreTrainedModel:
     """Load, quantise and freeze the model of a recipe, whole or (with an engine) one shard of it.
 
@@ -81,6 +82,7 @@ def load_backbone(
         engine: cuts the model among processes; all of them call this together.
         classes: put a head for so many classes on an encoder, for one number if 1; what the files lack of it is
             random.
+        head_std: standard deviation of that; the model's own when None.
 
     Raises:
         ValueError: nothing loadable at `backbone.path`, or an option this machine or the engine cannot serve.
@@ -92,16 +94,13 @@ def load_backbone(
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype), "attn_implementation": attention}
     weights: Weights | None = None
     if source.kind == "random":
-        config = _random_config(source)
-        with _one_message(recipe, source):
-            _model_class(config, classes)
-        with torch.device("meta"):
-            model = _build(config, classes, **options)
-        weights = Weights(model, None, seed)
+        model = _random_shapes(recipe, source, options, classes)
+        weights = Weights(model, None, seed, head_std)
     elif classes is None and (engine is None or source.kind == "gguf"):
         model = _load_weights(recipe, source, options)
     else:  # also a classifier's head comes from `Weights`: it has to follow from the seed
-        model, weights = _open_weights(recipe, source, options, seed, classes)
+        model, checkpoint = _open_weights(recipe, source, options, classes)
+        weights = Weights(model, checkpoint, seed, head_std)
     bring_in(model, weights, recipe, device, engine)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
@@ -130,6 +129,17 @@ def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
         return _build(config, None, trust_remote_code=recipe.trust_remote_code)
 
 
+def _random_shapes(
+    recipe: BackboneRecipe, source: Source, options: dict[str, Any], classes: int | None
+) -> PreTrainedModel:
+    """Return the model of a configuration as shapes."""
+    config = _random_config(source)
+    with _one_message(recipe, source):
+        _model_class(config, classes)
+    with torch.device("meta"):
+        return _build(config, classes, **options)
+
+
 def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any]) -> PreTrainedModel:
     """Load the whole model through transformers."""
     auto: Any = AutoModelForCausalLM
@@ -151,9 +161,9 @@ def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any
 
 
 def _open_weights(
-    recipe: BackboneRecipe, source: Source, options: dict[str, Any], seed: int, classes: int | None
-) -> tuple[PreTrainedModel, Weights]:
-    """Return the model as shapes, and what fills it from safetensors."""
+    recipe: BackboneRecipe, source: Source, options: dict[str, Any], classes: int | None
+) -> tuple[PreTrainedModel, Checkpoint]:
+    """Return the model as shapes, and the safetensors that fill it."""
     with _one_message(recipe, source):
         config = _unquantised_config(recipe, source)
         _model_class(config, classes)  # refuses before anything is fetched
@@ -164,7 +174,7 @@ def _open_weights(
         _check_complete(model, checkpoint.absent)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, Weights(model, checkpoint, seed)
+    return model, checkpoint
 
 
 @contextlib.contextmanager

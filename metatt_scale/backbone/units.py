@@ -15,10 +15,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
 from metatt_scale.backbone.checkpoint import Checkpoint, tied_names
+from metatt_scale.backbone.head import in_head
 from metatt_scale.backbone.quantised import linears_to_pack, pack
 from metatt_scale.recipe import BackboneRecipe
 
@@ -158,12 +159,16 @@ class Weights:
 
     What a checkpoint lacks is initialised as the model's class says, each module from a seed of its own that follows
     from (seed, module path): the values do not depend on the order of loading, the engine or the number of ranks.
+    `head_std` replaces the standard deviation in the head of an encoder.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint | None, seed: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, checkpoint: Checkpoint | None, seed: int, head_std: float | None = None
+    ) -> None:
         self._model = model
         self._checkpoint = checkpoint
         self._seed = seed
+        self._head_std = head_std
         self._tied = tied_names(model)
         self._stored = set(model.state_dict())
         self._made: dict[str, nn.Parameter] = {}
@@ -209,7 +214,10 @@ class Weights:
                     continue
                 digest = hashlib.sha256(f"{self._seed} {path}".encode()).digest()
                 torch.default_generator.manual_seed(int.from_bytes(digest[:4], "little"))
-                _nearest(owners, path)._init_weights(module)
+                owner = _nearest(owners, path)
+                std = self._head_std if in_head(self._model, path) else None
+                with _initialising_with(owner.config, std):
+                    owner._init_weights(module)
                 for name, tensor in module.named_parameters(recurse=False):
                     if (f"{path}.{name}" if path else name) in self._tied:
                         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # once, not once per name
@@ -220,6 +228,19 @@ class Weights:
                         f"backbone: {type(self._model).__name__} does not say how {path}.{name} is initialised, so "
                         "it cannot be loaded layer by layer; set parallel.backbone: replicate and give files"
                     )
+
+
+@contextlib.contextmanager
+def _initialising_with(config: PreTrainedConfig, std: float | None) -> Iterator[None]:
+    """Let modules draw their weights with this standard deviation inside a `with` block; None changes nothing."""
+    if std is None:
+        yield
+        return
+    before, config.initializer_range = config.initializer_range, std
+    try:
+        yield
+    finally:
+        config.initializer_range = before
 
 
 def _nearest(owners: dict[str, PreTrainedModel], path: str) -> PreTrainedModel:

@@ -22,6 +22,11 @@ class ClassifierRecipe(_Section):
     """The headline among the scores, by which `training.best_by: metric` chooses. Absent: accuracy of classes,
     Spearman's rank correlation of numbers."""
 
+    init_std: float | None = Field(default=None, gt=0, le=10)
+    """Standard deviation of the head's random weights (what the files hold stays); the model's own, mostly 0.02, when
+    absent. The head is frozen and what it reads is normalised, so this bounds every logit: too small, and nothing can
+    be learnt."""
+
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
         if self.metric is not None and self.metric not in self._scores:

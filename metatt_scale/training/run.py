@@ -131,7 +131,8 @@ def _assemble(
     _check_agreement(world, recipe, data, weights)
     with console.status("loading the backbone"):
         engine = make_engine(world, launch, recipe)
-        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, _classes(recipe))
+        head_std = recipe.classifier.init_std if recipe.classifier else None
+        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, _classes(recipe), head_std)
     check_trainable(model, data)
     adapter = build_adapter(model, recipe)
     _report_adapter(adapter, console)

@@ -131,6 +131,32 @@ def test_files_without_a_head_get_the_same_one_each_time(tmp_path, config):
     assert torch.equal(one.base_model.get_parameter(inner), whole.base_model.get_parameter(inner))
 
 
+@ENCODERS
+@pytest.mark.parametrize("from_files", [False, True], ids=["random", "files"])
+def test_the_spread_of_the_heads_random_weights_can_be_given(tmp_path, config, from_files):
+    backbone = toy_classifier(tmp_path, config=config).backbone
+    if from_files:
+        whole: Any = load_backbone(backbone, CPU, 0, classes=2)
+        whole.base_model.save_pretrained(tmp_path / "files")
+        backbone = BackboneRecipe(path=str(tmp_path / "files"), dtype="float32")
+    usual, wide = (load_backbone(backbone, CPU, 1, classes=2, head_std=std) for std in (None, 0.5))
+    assert usual.config.initializer_range == wide.config.initializer_range
+    kept = {"bert.pooler.dense.weight"} if from_files else set()  # what the files hold
+    for name, weight in usual.named_parameters():
+        drawn = name in head_tensors(usual) and name not in kept and not name.endswith("bias")
+        factor = 0.5 / usual.config.initializer_range if drawn else 1.0
+        torch.testing.assert_close(wide.get_parameter(name), factor * weight, rtol=FLOAT32, atol=0)
+
+
+def test_a_run_and_its_adapter_keep_that_spread(tmp_path):
+    recipe = toy_classifier(tmp_path, classifier={"init_std": 0.5})
+    usual = load_backbone(recipe.backbone, CPU, recipe.seed, classes=2).get_parameter("classifier.weight")
+    factor = 0.5 / BERT["initializer_range"]
+    trained = train(recipe, quiet())
+    for model in (trained.model, reopen(trained.folder, quiet()).model):
+        torch.testing.assert_close(model.get_parameter("classifier.weight"), factor * usual, rtol=FLOAT32, atol=0)
+
+
 def test_an_adapter_brings_its_head_back(tmp_path):
     recipe = toy_classifier(tmp_path, config={**BERT, **UNDROPPED})
     run = train(recipe, quiet())
