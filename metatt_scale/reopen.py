@@ -117,9 +117,8 @@ def reopen(
     description, recipe = read_recipe(folder, backbone)
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
-        head = recipe.classifier
-        classes, head_std = (head.labels, head.init_std) if head else (None, None)
-        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, classes, head_std)
+        head_std = recipe.classifier.init_std if recipe.classifier else None
+        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, recipe.head_outputs, head_std)
     adapter = reload_adapter(folder, model, recipe)
     return Reopened(
         model=model, tokenizer=tokenizer, adapter=adapter, recipe=recipe, description=description, folder=folder

@@ -156,7 +156,9 @@ def factors(spec: ChainSpec, cores: Sequence[Tensor], scale: float = 1.0, task: 
     else:
         c = _contract(modes[start:end], cores[start:end], spec.projections)  # (P, L, M, T, 1, 1, 1, Q)
         c_LMTPQ = c[:, :, :, :, 0, 0, 0, :].permute(1, 2, 3, 0, 4)
-        c_LMPQ = c_LMTPQ if spec.n_tasks and task is None else c_LMTPQ[:, :, task or 0]
+        if spec.n_tasks is None:  # all tasks share the chain
+            task = 0
+        c_LMPQ = c_LMTPQ if task is None else c_LMTPQ[:, :, task]
     return Factors(
         a_LMIP=a[0, :, :, 0, :, 0, 0, :],
         c_LMPQ=scale * c_LMPQ,

@@ -18,12 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metatt_scale.data.tokens import TokenTable
+from metatt_scale.data.tokens import IGNORE, TokenTable
 
 Indices = NDArray[np.int64]
-
-IGNORE = -100
-"""Label of a position that is not predicted (the convention of torch's cross entropy)."""
 
 # First word of each random key. Never 0, and never at the end: SeedSequence pads a short key with zeros, so [7] and
 # [7, 0] would be the same stream.
@@ -48,6 +45,8 @@ class Batch(NamedTuple):
     """int64, the class of each example, `IGNORE` where it adds nothing; of examples with classes only."""
     values_B: torch.Tensor | None = None
     """float32, the number of each example, NaN where it adds nothing; of examples with numbers only."""
+    tasks_BS: torch.Tensor | None = None
+    """int64, the task of each example, (B, 1), or of each token of a packed row, (1, S), where there are several."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +207,8 @@ def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: i
         batch = batch._replace(classes_B=torch.from_numpy(table.classes[rows].astype(np.int64)))
     if table.values is not None:
         batch = batch._replace(values_B=torch.from_numpy(table.values[rows]))
+    if table.tasks is not None:
+        batch = batch._replace(tasks_BS=torch.from_numpy(table.tasks[rows].astype(np.int64))[:, None])
     return batch
 
 
@@ -229,7 +230,11 @@ def pack(table: TokenTable, indices: Sequence[int] | Indices) -> Batch:
     # What stands before the first token of an example is another example: nothing to predict it from.
     labels_S[np.cumsum((0, *lengths[:-1]))] = IGNORE
     input_ids_BS = torch.from_numpy(input_ids_S)[None]
-    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), torch.from_numpy(labels_S)[None], lengths)
+    batch = Batch(input_ids_BS, torch.ones_like(input_ids_BS), torch.from_numpy(labels_S)[None], lengths)
+    if table.tasks is not None:
+        tasks_S = np.repeat(table.tasks[np.asarray(indices)].astype(np.int64), lengths)
+        batch = batch._replace(tasks_BS=torch.from_numpy(tasks_S)[None])
+    return batch
 
 
 def _filler(table: TokenTable, index: int, packed: bool) -> Batch:
@@ -243,7 +248,9 @@ def _filler(table: TokenTable, index: int, packed: bool) -> Batch:
     input_ids_BS = torch.from_numpy(tokens[:_FILLER_TOKENS])[None]
     labels_BS = torch.full_like(input_ids_BS, IGNORE)
     lengths = (input_ids_BS.shape[1],) if packed else None
-    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), labels_BS, lengths)
+    # Of any task: it adds nothing to its gradient.
+    tasks_BS = None if table.tasks is None else torch.zeros(1, 1, dtype=torch.int64)
+    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), labels_BS, lengths, tasks_BS=tasks_BS)
 
 
 def _permutation(n: int, *key: int) -> Indices:

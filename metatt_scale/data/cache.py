@@ -117,6 +117,8 @@ def _key_parts(
         "train_on_inputs": recipe.train_on_inputs,
         "on_bad_record": recipe.on_bad_record,
     }
+    if source.where:
+        parts["where"] = source.where
     return parts if fields is None else {**parts, "fields": fields}
 
 
@@ -135,7 +137,7 @@ def _tokenize(
             raise ValueError(f"{message}; correct the record, or set `data.on_bad_record: skip`")
         skipped.append(message)
 
-    records = list(read_records(opened, recipe.format, on_bad, source.limit, fields))
+    records = list(read_records(opened, recipe.format, on_bad, source.limit, fields, source.where))
     in_reading = len(skipped)
     if fields is not None:
         table, counts = tokenize_sentences(records, recipe, tokenizer, fields.classes, progress)
@@ -146,7 +148,8 @@ def _tokenize(
         logger.warning("%s: %d records skipped; the first: %s", source.path, len(skipped), skipped[0])
     if not usable:
         reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
-        raise ValueError(f"data source {source.path!r} holds no usable {recipe.format} record{reason}")
+        where = f" with {source.where}" if source.where else ""
+        raise ValueError(f"data source {source.path!r} holds no usable {recipe.format} record{where}{reason}")
     if not len(table):
         raise ValueError(
             f"none of the {usable} records of {source.path!r} has an answer left after cutting at "

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from metatt_scale.data.batches import Indices, Mixture, split
 from metatt_scale.data.cache import tokenize_source
+from metatt_scale.data.sampling import passes
 from metatt_scale.data.tokens import Progress, TokenTable, concatenate
-from metatt_scale.recipe import DataRecipe, DataSource
+from metatt_scale.recipe import DataRecipe, DataSource, TaskRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,25 +49,30 @@ def prepare(
     seed: int,
     progress: Progress | None = None,
     classes: int | None = None,
+    tasks: Mapping[str, TaskRecipe] | None = None,
 ) -> PreparedData:
     """Read, tokenise (once, cached) and split what the recipe names.
 
     Every rank may call this: processes that share a cache folder tokenise once. `progress` is called with (records
     done, records in all) of the source at work, and not at all for a source that is in the cache. `classes` is the
-    number of classes in the sentences format, 1 where labels are numbers.
+    number of classes in the sentences format, 1 where labels are numbers; with `tasks` each has its own.
 
     Raises:
         ValueError: a source, a record, the tokenizer or `validation_size` is not usable.
     """
-    tables, train_counts = _tokenize_all(recipe.train, recipe, tokenizer, progress, classes)
+
+    def tokenize(sources: Sequence[DataSource]) -> tuple[list[TokenTable], list[dict[str, Any]]]:
+        return _tokenize_all(sources, recipe, tokenizer, progress, classes, tasks or {})
+
+    tables, train_counts = tokenize(recipe.train)
     table = concatenate(tables)
     kept, held_out = split(len(table), recipe.validation_size, seed)
     ends = np.cumsum([len(part) for part in tables])
     members = np.split(kept, np.searchsorted(kept, ends[:-1]))
-    mixture = Mixture(tuple(members), tuple(source.weight for source in recipe.train))
+    mixture = Mixture(tuple(members), passes(recipe, [len(part) for part in members]))
     validation, validation_counts = None, []
     if recipe.validation:
-        tables, validation_counts = _tokenize_all(recipe.validation, recipe, tokenizer, progress, classes)
+        tables, validation_counts = tokenize(recipe.validation)
         joined = concatenate(tables)
         validation = ValidationData(joined, np.arange(len(joined), dtype=np.int64))
     elif recipe.validation_size:
@@ -96,10 +102,16 @@ def _tokenize_all(
     tokenizer: PreTrainedTokenizerFast,
     progress: Progress | None,
     classes: int | None,
+    tasks: Mapping[str, TaskRecipe],
 ) -> tuple[list[TokenTable], list[dict[str, Any]]]:
     tables, counts = [], []
     for source in sources:
-        table, count = tokenize_source(source, recipe, tokenizer, progress, classes)
+        own, labels = recipe, classes
+        if source.task is not None:
+            own, labels = recipe.of_task(tasks[source.task]), tasks[source.task].labels
+        table, count = tokenize_source(source, own, tokenizer, progress, labels)
+        if source.task is not None:
+            table = replace(table, tasks=np.full(len(table), list(tasks).index(source.task), np.int16))
         tables.append(table)
         counts.append({"path": source.title, **count})
     return tables, counts

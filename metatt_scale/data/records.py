@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
@@ -77,16 +77,28 @@ def open_source(source: DataSource) -> OpenSource:
 
 
 def read_records(
-    opened: OpenSource, format: Format, on_bad: OnBad, limit: int | None = None, fields: Fields | None = None
+    opened: OpenSource,
+    format: Format,
+    on_bad: OnBad,
+    limit: int | None = None,
+    fields: Fields | None = None,
+    where: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[Record, str]]:
     """Yield the first `limit` usable records with their places ("file:line", or "file, record N" in an array).
 
-    `fields` are those of the sentences format.
+    `fields` are those of the sentences format; with `where` only records count that have these values.
 
     Raises:
         ValueError: a whole file cannot be read (damaged gzip, broken JSON array), whatever `on_bad` does.
     """
-    return islice(_checked(opened.read(on_bad), format, on_bad, fields), limit)
+    values = opened.read(on_bad)
+    if where:
+        values = ((value, place) for value, place in values if _has(value, where))
+    return islice(_checked(values, format, on_bad, fields), limit)
+
+
+def _has(value: object, wanted: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(value.get(key) == of for key, of in wanted.items())
 
 
 def record_problem(value: object, format: Format, fields: Fields | None = None) -> str | None:
@@ -271,7 +283,7 @@ def _hub_rows(source: DataSource) -> list[Record]:
         import datasets  # slow to import, and only hub ids need it
 
         rows = datasets.load_dataset(source.path, name=source.subset, split=source.split)
-        return [dict(cast(Record, row)) for row in islice(rows, source.limit)]
+        return [dict(cast(Record, row)) for row in islice(rows, None if source.where else source.limit)]
     except Exception as error:  # whatever the hub, the network or a data file does wrong
         several = re.search(r"Config name is missing.*?available configs: \[(.*?)\]", str(error), re.DOTALL)
         if several and source.subset is None:

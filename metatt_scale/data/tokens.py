@@ -27,7 +27,10 @@ Progress = Callable[[int, int], None]
 logger = logging.getLogger(__name__)
 CHUNK = 512
 """Records per call of the tokenizer, which spreads them over its threads."""
-_ARRAYS = ("tokens", "flags", "offsets", "segments", "classes", "values")
+_ARRAYS = ("tokens", "flags", "offsets", "segments", "classes", "values", "tasks")
+IGNORE = -100
+"""Label of what is not predicted (the convention of torch's cross entropy)."""
+_NOTHING = {"classes": np.int32(IGNORE), "values": np.float32(np.nan)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,8 @@ class TokenTable:
     """(E,) class of each example; of records with classes only."""
     values: NDArray[np.float32] | None = None
     """(E,) number of each example; of records with numbers only."""
+    tasks: NDArray[np.int16] | None = None
+    """(E,) task of each example, where there are several."""
 
     @property
     def labelled(self) -> bool:
@@ -83,8 +88,15 @@ def concatenate(tables: Sequence[TokenTable]) -> TokenTable:
         return tables[0]
     starts = np.cumsum([0] + [len(table.tokens) for table in tables])
     ends = [table.offsets[1:] + start for table, start in zip(tables, starts, strict=False)]
-    joined = {name: np.concatenate([getattr(table, name) for table in tables]) for name in tables[0].arrays()}
+    names = dict.fromkeys(name for table in tables for name in table.arrays())
+    joined = {name: np.concatenate([_array(table, name) for table in tables]) for name in names}
     return TokenTable(**{**joined, "offsets": np.concatenate([np.zeros(1, np.int64), *ends])})
+
+
+def _array(table: TokenTable, name: str) -> NDArray[Any]:
+    """Return an array of a table, or labels that say nothing: tasks with classes stand beside tasks with numbers."""
+    array = getattr(table, name)
+    return np.full(len(table), _NOTHING[name]) if array is None else array
 
 
 def tokenize_records(

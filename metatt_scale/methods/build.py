@@ -16,7 +16,7 @@ def build_adapter(model: PreTrainedModel, recipe: Recipe) -> Adapter:
     Raises:
         ValueError: the adapter does not fit the model.
     """
-    return inject(model, recipe.adapter, recipe.seed)
+    return inject(model, recipe.adapter, recipe.seed, len(recipe.tasks))
 
 
 def reload_adapter(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Adapter:

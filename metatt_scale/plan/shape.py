@@ -87,7 +87,7 @@ def read_shape(recipe: Recipe) -> ModelShape:
     """
     model = load_skeleton(recipe.backbone)
     target_map = find_targets(model, recipe.adapter.target_modules, recipe.adapter.layers)
-    spec = chain_spec(recipe.adapter, target_map, head_dim_of(model))
+    spec = chain_spec(recipe.adapter, target_map, head_dim_of(model), len(recipe.tasks))
     config = model.config.get_text_config()
     units = _units(model, recipe.backbone)
     first = model.get_submodule(next(unit.path for unit in units if unit.kind == "layer"))

@@ -1,7 +1,7 @@
 """What the user asks for: schema, YAML, overrides, errors. Imports no torch."""
 
 from metatt_scale.recipe.load import RecipeError, check, dump_recipe, load_recipe, read_mapping, validate
-from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, DataSource
+from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, DataSource, Labels, TaskRecipe
 from metatt_scale.recipe.schema import (
     AdapterRecipe,
     BackboneRecipe,
@@ -21,11 +21,13 @@ __all__ = [
     "DataRecipe",
     "DataSource",
     "EvaluationRecipe",
+    "Labels",
     "LoggingRecipe",
     "ParallelRecipe",
     "Recipe",
     "RecipeError",
     "SweepRecipe",
+    "TaskRecipe",
     "TrainingRecipe",
     "check",
     "dump_recipe",

@@ -12,23 +12,20 @@ OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("spearman", "pearson")
 """Scores of each kind of label; the first is the headline unless another is asked for."""
 
 
-class ClassifierRecipe(_Section):
-    """Labels of whole records (`data.format: sentences`), on an encoder. Absent: a language model."""
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
-    labels: int = Field(ge=1, le=10_000)
-    """Number of classes; 1 means regression, whose labels are numbers. The head stays frozen at a random start, which
-    follows from `seed`."""
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = None
+
+class Labels(_Section):
+    """The labels of one task: so many classes, or numbers."""
+
+    labels: int | None = Field(default=None, ge=1, le=10_000)
+    """Number of classes; 1 means regression, whose labels are numbers."""
+    metric: Metric | None = None
     """The headline among the scores, by which `training.best_by: metric` chooses. Absent: accuracy of classes,
     Spearman's rank correlation of numbers."""
 
-    init_std: float | None = Field(default=None, gt=0, le=10)
-    """Standard deviation of the head's random weights (what the files hold stays); the model's own, mostly 0.02, when
-    absent. The head is frozen and what it reads is normalised, so this bounds every logit: too small, and nothing can
-    be learnt."""
-
     @model_validator(mode="after")
-    def _check(self) -> ClassifierRecipe:
+    def _check_metric(self) -> Labels:
         if self.metric is not None and self.metric not in self._scores:
             kind = "numbers (`labels` is 1)" if self.is_regression else f"{self.labels} classes"
             raise ValueError(f"`metric` is {self.metric}, but {kind} are scored by {', '.join(self._scores)}")
@@ -49,6 +46,26 @@ class ClassifierRecipe(_Section):
         return OF_NUMBERS if self.is_regression else OF_CLASSES
 
 
+class TaskRecipe(Labels):
+    """One of several tasks that are learnt together. Of a language model nothing but its name is needed."""
+
+    text_fields: tuple[str, ...] = ()
+    """As `data.text_fields`, for the records of this task; those of `data` when absent."""
+    label_field: str | None = Field(default=None, min_length=1)
+    """As `data.label_field`, for the records of this task."""
+
+
+class ClassifierRecipe(Labels):
+    """Labels of whole records (`data.format: sentences`), on an encoder. Absent: a language model. With `tasks` the
+    labels stand there, and each task has columns of its own in the head's last linear.
+    """
+
+    init_std: float | None = Field(default=None, gt=0, le=10)
+    """Standard deviation of the head's random weights (what the files hold stays); the model's own, mostly 0.02, when
+    absent. The head is frozen and what it reads is normalised, so this bounds every logit: too small, and nothing can
+    be learnt."""
+
+
 class DataSource(_Section):
     """One place records are read from."""
 
@@ -62,11 +79,27 @@ class DataSource(_Section):
     """Passes over this source per epoch: 1 takes each record once, 0.5 a fresh half each epoch, 2 each twice."""
     limit: int | None = Field(default=None, gt=0)
     """Use only the first so many records."""
+    where: dict[str, str | int | bool] = Field(default={})
+    """Use only records with these values in these fields, for example {source: boolq}."""
+    task: str | None = None
+    """Name of the task its records are of, one of `tasks`."""
 
     @property
     def title(self) -> str:
         """What a reader is told that the records are."""
         return self.path if self.subset is None else f"{self.path} {self.subset}"
+
+
+class SamplingRecipe(_Section):
+    """How much of an epoch each task gets (each source, where there are no tasks)."""
+
+    strategy: Literal["proportional", "uniform", "temperature"] = "proportional"
+    """`proportional`: what its sources hold. `uniform`: all the same. `temperature`: what they hold to the power of
+    1 / temperature. An epoch stays as long as it is under `proportional`."""
+    temperature: float = Field(default=2.0, ge=1, le=1000)
+    """1 is proportional, infinity would be uniform."""
+    cap: int | None = Field(default=None, ge=1)
+    """At most so many examples of one task in an epoch, others in each."""
 
 
 class DataRecipe(_Section):
@@ -76,6 +109,7 @@ class DataRecipe(_Section):
     """Sources of training records."""
     validation: tuple[DataSource, ...] = ()
     """Sources of validation records, for the evaluation loss."""
+    sampling: SamplingRecipe = SamplingRecipe()
     validation_size: int = Field(default=0, ge=0)
     """Records split off the training sources for validation (a pure function of the seed)."""
     format: Literal["instruction", "chat", "text", "sentences"] = "instruction"
@@ -112,16 +146,30 @@ class DataRecipe(_Section):
             )
         return self
 
+    def of_task(self, task: TaskRecipe) -> DataRecipe:
+        """Return the same with the fields of one task."""
+        texts, label = task.text_fields or self.text_fields, task.label_field or self.label_field
+        if self.format == "sentences":
+            check_fields(texts, label)
+        return self.model_copy(update={"text_fields": texts, "label_field": label})
+
     def _check_sentences(self) -> None:
-        fields = self.text_fields
-        if len(fields) not in (1, 2) or not all(fields):
-            raise ValueError(
-                f"`format` is sentences, but `text_fields` is {list(fields)}; name one field or two, for example "
-                "[sentence1, sentence2]"
-            )
-        if len({*fields, self.label_field}) != len(fields) + 1:
-            raise ValueError(
-                f"`text_fields` is {list(fields)} and `label_field` {self.label_field}; name different fields"
-            )
+        if self.text_fields:  # or each task has its own
+            check_fields(self.text_fields, self.label_field)
         if self.train_on_inputs:
             raise ValueError("`train_on_inputs` is true, but the loss of `format: sentences` is that of labels")
+
+
+def check_fields(texts: tuple[str, ...], label: str) -> None:
+    """Refuse fields of `format: sentences` that cannot be meant.
+
+    Raises:
+        ValueError: not one or two, or the same twice.
+    """
+    if len(texts) not in (1, 2) or not all(texts):
+        raise ValueError(
+            f"`format` is sentences, but `text_fields` is {list(texts)}; name one field or two, for example "
+            "[sentence1, sentence2]"
+        )
+    if len({*texts, label}) != len(texts) + 1:
+        raise ValueError(f"`text_fields` is {list(texts)} and `label_field` {label}; name different fields")

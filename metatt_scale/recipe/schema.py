@@ -11,9 +11,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from metatt_scale.recipe.adapter import DIAGONAL, INNER_BONDS, AdapterRecipe, check_ranks
-from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe
+from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, Labels, TaskRecipe
 from metatt_scale.recipe.section import Section
 from metatt_scale.recipe.sweep import SweepRecipe
+from metatt_scale.recipe.tasks import check_tasks
 
 
 class BackboneRecipe(Section):
@@ -81,7 +82,8 @@ class TrainingRecipe(Section):
     keep: Literal["last", "best"] = "last"
     """Which adapter the run ends with: the last, or that of the best evaluation (`best_by`)."""
     best_by: Literal["loss", "metric"] = "loss"
-    """What makes an evaluation the best: the lowest loss, or the highest `classifier.metric`."""
+    """What makes an evaluation the best: the lowest loss, or the highest `classifier.metric`; with `tasks` the
+    highest mean of theirs."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations that were not the best so far."""
     max_nonfinite_steps: int = Field(default=5, ge=1)
@@ -188,6 +190,9 @@ class Recipe(Section):
     backbone: BackboneRecipe
     adapter: AdapterRecipe = AdapterRecipe()
     classifier: ClassifierRecipe | None = None
+    tasks: dict[str, TaskRecipe] = Field(default={})
+    """Tasks that are learnt together, in the order of their slices in a task core; every data source names one. The
+    loss is the sum of theirs, each a mean over its own records of the batch."""
     data: DataRecipe
     training: TrainingRecipe = TrainingRecipe()
     sweep: SweepRecipe | None = None
@@ -217,9 +222,27 @@ class Recipe(Section):
             )
         if self.classifier is not None:
             self._check_classifier()
+        check_tasks(self.tasks, data, self.classifier)
+        if "p1d" in self.adapter.kind and not self.tasks:
+            raise ValueError(
+                f"`adapter.kind` is {self.adapter.kind}, whose middle core is for tasks, but there are no `tasks`; "
+                "name them, or choose metatt_4d"
+            )
         if self.sweep is not None:
             self._check_sweep(self.sweep)
         return self
+
+    @property
+    def label_sets(self) -> dict[str, Labels]:
+        """The labels of every task of a classifier, by name (empty of the only one); none of another model."""
+        if self.classifier is None:
+            return {}
+        return dict(self.tasks) if self.tasks else {"": self.classifier}
+
+    @property
+    def head_outputs(self) -> int | None:
+        """Outputs of a classifier's head, those of all tasks side by side; None of another model."""
+        return sum(labels.labels or 0 for labels in self.label_sets.values()) or None
 
     def _check_sweep(self, sweep: SweepRecipe) -> None:
         if self.adapter.kind in DIAGONAL or self.adapter.kind not in INNER_BONDS:

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter import Adapter, ChainAdapter, full_cores
 from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches
+from metatt_scale.device import to_device
 from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
 from metatt_scale.training.checks import why_hopeless
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
-from metatt_scale.training.objective import make_objective
+from metatt_scale.training.objective import evaluate_tasks, make_objective
 from metatt_scale.training.optimizer import Moments, apply, clip, install, learning_rate, make_optimizer, moments_of
 from metatt_scale.training.reduce import PendingSums, sum_step
 from metatt_scale.training.seeds import derived_seed
@@ -78,7 +79,9 @@ class Trainer:
         self.sweeps = plan_sweeps(self.recipe, self.order.steps_per_epoch, self.total_steps)
         self.signals = SignalCatcher()
         self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
+        self.adapter.task = 0 if self.recipe.tasks else None  # of the rows the model is tried with
         self.objective = make_objective(self.recipe, self.model, self.world, self.console)
+        self.adapter.task = None
         self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
         self._launched: deque[_Launched] = deque()
         self._settled_at = 0.0
@@ -198,8 +201,9 @@ class Trainer:
         loss_sum, length = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
         # Half precision loses gradients below 6e-8: scale them up on their way, and down again in the fp32 cores.
         scale = _HALF_SCALE if self.adapter.compute_dtype == torch.float16 else 1.0
+        weights_T = self.objective.weights(self.data.table, indices)
         for batch in self._own_batches(self.data.table, indices):
-            loss = self.objective.loss_sum(batch)
+            loss = self.objective.loss_sum(batch, weights_T)
             (loss * (scale / tokens)).backward()
             loss_sum += loss.detach()
             length += int(batch.attention_mask_BS.sum())
@@ -210,7 +214,7 @@ class Trainer:
         return loss_sum, length
 
     def _own_batches(self, table: TokenTable, indices: Any) -> Iterator[Batch]:
-        return micro_batches(
+        for batch in micro_batches(
             table,
             indices,
             micro_batch_size=self.recipe.training.micro_batch_size,
@@ -218,7 +222,10 @@ class Trainer:
             world_size=self.world.size,
             pad_token_id=self.pad_token_id,
             packed=self.objective.packed,
-        )
+        ):
+            tasks_BS = batch.tasks_BS
+            self.adapter.row_tasks = None if tasks_BS is None else to_device(tasks_BS, self.world.device)
+            yield batch
 
     def _count(self, finite: bool, tokens: int) -> None:
         progress = self.progress
@@ -308,10 +315,9 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Return the scores over the validation records, `eval_loss` (nats) first."""
         assert self.data.validation is not None
-        table, indices = self.data.validation
         self.model.eval()
-        denominator = self.objective.denominator(table, indices)
-        scores = self.objective.evaluate(self._own_batches(table, indices), denominator)
+        tasks = tuple(self.recipe.tasks)
+        scores = evaluate_tasks(self.objective, self.adapter, tasks, self.data.validation, self._own_batches)
         self.model.train()
         return scores
 

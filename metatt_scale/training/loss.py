@@ -1,7 +1,7 @@
 """The loss of one micro-batch: a sum over target tokens, whose denominator is the global batch's.
 
 Shape legend: B rows of the batch, S tokens of a row, N = B S, D hidden width, V vocabulary, T target tokens,
-P columns before a target of some row, C target tokens of a chunk.
+P columns before a target of some row, C target tokens of a chunk, K tasks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ CHUNK_BYTES = 1 << 27
 """fp32 logits that exist at once where the output head gives the loss; a narrower copy comes beside them."""
 
 
-def token_loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+def token_loss_sum(
+    model: PreTrainedModel, batch: Batch, device: torch.device, weights_K: Tensor | None = None
+) -> Tensor:
     """Return the sum of the cross entropy over all target tokens (scalar of at least fp32, nats).
+
+    With `weights_K` each token counts as much as its task's.
 
     Only positions before a target pass the output head; where it gives the loss (`fuse_head`) no logits are kept.
     Padded batches are padded on the right, so under causal attention no token sees padding and no mask is needed: the
@@ -35,10 +39,14 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -
     arguments: dict[str, Any] = {"input_ids": to_device(batch.input_ids_BS, device), "use_cache": False}
     if batch.lengths is not None:
         arguments |= packed_arguments(model, batch.lengths, device)
-    targets_T = to_device(wanted.targets_T, device)
+    targets_T, weights_T = to_device(wanted.targets_T, device), None
+    if weights_K is not None:
+        assert batch.tasks_BS is not None
+        tasks_T = batch.tasks_BS.expand(batch.labels_BS.shape).flatten()[wanted.rows_T]
+        weights_T = weights_K[to_device(tasks_T, device)]
     head = fused_head(model)
     if head is not None:
-        with head.giving_the_loss(to_device(wanted.rows_T, device), targets_T):
+        with head.giving_the_loss(to_device(wanted.rows_T, device), targets_T, weights_T):
             return model(**arguments).logits
     columns_P = to_device(wanted.columns_P, device)
     # Positions are named one by one: from a slice of the last ones the output projection would get a strided input,
@@ -46,7 +54,10 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -
     logits_BPV = model(**arguments, logits_to_keep=columns_P).logits
     assert logits_BPV.shape[1] == len(columns_P), "the model returned logits for other positions than asked for"
     logits_TV = logits_BPV.flatten(0, 1)[to_device(wanted.rows_in_columns_T, device)]
-    return F.cross_entropy(logits_TV.to(_at_least_fp32(logits_TV)), targets_T, reduction="sum")
+    wide_TV = logits_TV.to(_at_least_fp32(logits_TV))
+    if weights_T is None:
+        return F.cross_entropy(wide_TV, targets_T, reduction="sum")
+    return (F.cross_entropy(wide_TV, targets_T, reduction="none") * weights_T).sum()
 
 
 class _Wanted(NamedTuple):
@@ -90,7 +101,7 @@ class LossHead:
     def __init__(self, head: nn.Linear) -> None:
         self._head = head
         self._logits = head.forward
-        self._wanted: tuple[Tensor, Tensor] | None = None
+        self._wanted: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def __call__(self, hidden_BSD: Tensor) -> Tensor:
         """Return logits (B, S, V) or, when that is asked for, the scalar loss."""
@@ -99,9 +110,9 @@ class LossHead:
         return loss_of_hidden(hidden_BSD.flatten(0, 1), self._head.weight, self._head.bias, *self._wanted)
 
     @contextlib.contextmanager
-    def giving_the_loss(self, rows_T: Tensor, targets_T: Tensor) -> Iterator[None]:
+    def giving_the_loss(self, rows_T: Tensor, targets_T: Tensor, weights_T: Tensor | None = None) -> Iterator[None]:
         """Let the forward inside a `with` block return the loss of these rows of hidden states (B S, D)."""
-        self._wanted = (rows_T, targets_T)
+        self._wanted = (rows_T, targets_T, weights_T)
         try:
             yield
         finally:
@@ -127,16 +138,21 @@ def fuse_head(model: PreTrainedModel) -> None:
 
 
 def loss_of_hidden(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows_T: Tensor, targets_T: Tensor
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    rows_T: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor | None = None,
 ) -> Tensor:
-    """Return sum_t (log sum_v exp z[t, v] - z[t, targets[t]]) with z = hidden[rows] W^T + bias, a scalar.
+    """Return sum_t w[t] (log sum_v exp z[t, v] - z[t, targets[t]]) with z = hidden[rows] W^T + bias, a scalar.
 
     At most CHUNK_BYTES of fp32 logits exist at once (beside them a copy in the type of the weights, where that is
     another), and none are kept: the gradient of the hidden states is computed with them, chunk by chunk, as the
     weights are frozen and it needs nothing but a factor from the backward pass. Logits and their gradient have the
     type of the weights, what is between them is computed in at least fp32.
     """
-    return _LossOfHidden.apply(hidden_ND, weight_VD, bias_V, rows_T, targets_T)
+    return _LossOfHidden.apply(hidden_ND, weight_VD, bias_V, rows_T, targets_T, weights_T)
 
 
 class _LossOfHidden(torch.autograd.Function):
@@ -146,7 +162,13 @@ class _LossOfHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows_T: Tensor, targets_T: Tensor
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        rows_T: Tensor,
+        targets_T: Tensor,
+        weights_T: Tensor | None,
     ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         gradient_TD = hidden_ND.new_empty(len(rows_T) if wants_gradient else 0, hidden_ND.shape[1])
@@ -155,10 +177,12 @@ class _LossOfHidden(torch.autograd.Function):
         for start in range(0, len(rows_T), chunk):
             part = slice(start, start + chunk)
             logits_CV = F.linear(hidden_ND[rows_T[part]], weight_VD, bias_V).to(loss.dtype)
-            one_loss, softmax_CV = _loss_and_softmax(logits_CV, targets_T[part])
-            loss += one_loss
+            loss_C, softmax_CV = _loss_and_softmax(logits_CV, targets_T[part])
+            loss += loss_C.sum() if weights_T is None else loss_C @ weights_T[part].to(loss_C.dtype)
             if wants_gradient:
                 softmax_CV.scatter_add_(1, targets_T[part, None], -torch.ones_like(softmax_CV[:, :1]))
+                if weights_T is not None:
+                    softmax_CV.mul_(weights_T[part, None])
                 torch.mm(softmax_CV.to(weight_VD.dtype), weight_VD, out=gradient_TD[part])
             del logits_CV, softmax_CV  # or they would live on while the next chunk's are made
         ctx.save_for_backward(gradient_TD, rows_T)
@@ -167,11 +191,11 @@ class _LossOfHidden(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradient_TD, rows_T = ctx.saved_tensors
         gradient_ND = gradient_TD.new_zeros(ctx.shape)
         gradient_ND.index_copy_(0, rows_T, (gradient_TD * factor).to(gradient_TD.dtype))
-        return gradient_ND, None, None, None, None
+        return gradient_ND, None, None, None, None, None
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -180,13 +204,13 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 def _loss_and_softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross entropy, and the softmax in the memory of the logits."""
+    """Return the cross entropy of every row, (C,), and the softmax in the memory of the logits."""
     of_targets_C1 = logits_CV.gather(1, targets_C[:, None])
     largest_C1 = logits_CV.amax(1, keepdim=True)
     softmax_CV = logits_CV.sub_(largest_C1).exp_()
     sums_C1 = softmax_CV.sum(1, keepdim=True)
-    loss = (sums_C1.log() + largest_C1 - of_targets_C1).sum()
-    return loss, softmax_CV.div_(sums_C1)
+    loss_C = (sums_C1.log() + largest_C1 - of_targets_C1).squeeze(1)
+    return loss_C, softmax_CV.div_(sums_C1)
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metatt_scale.data import Batch, TokenTable, target_count
+from metatt_scale.adapter import Adapter
+from metatt_scale.data import Batch, TokenTable, ValidationData, target_count
+from metatt_scale.device import to_device
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe
-from metatt_scale.training.classifier import Classes, Numbers
+from metatt_scale.training.classifier import Classifier, by_task
 from metatt_scale.training.loss import token_loss_sum
 from metatt_scale.training.start import make_ready
 
@@ -36,12 +39,23 @@ class Objective(Protocol):
         """Return how many things these examples give a loss for, over all ranks."""
         ...
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Return the loss summed over a micro-batch (scalar of at least fp32, nats)."""
+    def weights(self, table: TokenTable, indices: Any) -> Tensor | None:
+        """Return what the losses of each task count in a global batch, (T,); None where there is one task."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch], denominator: int) -> dict[str, float]:
-        """Return `eval_loss`, the mean over all ranks' batches, and other scores; the model is in evaluation mode."""
+    def loss_sum(self, batch: Batch, weights_T: Tensor | None = None) -> Tensor:
+        """Return the weighted loss summed over a micro-batch (scalar of at least fp32, nats)."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch], denominator: int, task: int = 0) -> dict[str, float]:
+        """Return `eval_loss`, the mean over all ranks' batches, and other scores; the model is in evaluation mode.
+
+        Where there are several tasks the batches are all of the one given.
+        """
+        ...
+
+    def together(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Return the scores of all tasks by name as those of the run."""
         ...
 
 
@@ -52,12 +66,38 @@ def make_objective(recipe: Recipe, model: PreTrainedModel, world: World, console
         ValueError: `training.packing` is true and the model cannot take packed examples.
     """
     if recipe.classifier is not None:
-        headline = f"eval_{recipe.classifier.headline}"
-        if recipe.classifier.is_regression:
-            return Numbers(model, world, headline)
-        return Classes(model, world, recipe.classifier.labels, headline)
+        return Classifier(model, world, recipe.label_sets)
     packed = make_ready(model, recipe.training.packing, world.device, console)
-    return NextTokens(model, world, packed)
+    return NextTokens(model, world, packed, n_tasks=len(recipe.tasks))
+
+
+def evaluate_tasks(
+    objective: Objective,
+    adapter: Adapter,
+    tasks: Sequence[str],
+    validation: ValidationData,
+    batches: Callable[[TokenTable, Any], Iterable[Batch]],
+) -> dict[str, float]:
+    """Return the scores over the validation records: of all at once, or task by task and then together.
+
+    Args:
+        objective: what is judged.
+        adapter: told which task comes.
+        tasks: their names; none where there is but one.
+        validation: the records.
+        batches: gives this rank's micro-batches of some of them.
+    """
+    table, indices = validation
+    if not tasks:
+        return objective.evaluate(batches(table, indices), objective.denominator(table, indices))
+    assert table.tasks is not None
+    scores = {}
+    for task, name in enumerate(tasks):
+        adapter.task = task
+        own = indices[table.tasks[indices] == task]
+        scores[name] = objective.evaluate(batches(table, own), objective.denominator(table, own), task)
+    adapter.task = None
+    return objective.together(scores)
 
 
 @dataclass(frozen=True)
@@ -67,18 +107,32 @@ class NextTokens:
     model: PreTrainedModel
     world: World
     packed: bool
+    n_tasks: int = 0
     headline: str = field(default="eval_loss", init=False)
 
     def denominator(self, table: TokenTable, indices: Any) -> int:
         """Return the number of target tokens."""
         return target_count(table, indices)
 
-    def loss_sum(self, batch: Batch) -> Tensor:
+    def weights(self, table: TokenTable, indices: Any) -> Tensor | None:
+        """Return n / n_t with the n_t target tokens of every task t, (T,): then sum / n is the sum of their means."""
+        if not self.n_tasks:
+            return None
+        assert table.tasks is not None
+        counts_T = np.bincount(table.tasks[indices], weights=table.targets[indices], minlength=self.n_tasks)
+        weights_T = self.denominator(table, indices) / np.maximum(counts_T, 1)
+        return to_device(torch.from_numpy(weights_T).float(), self.world.device)
+
+    def loss_sum(self, batch: Batch, weights_T: Tensor | None = None) -> Tensor:
         """Return the loss summed over the target tokens."""
-        return token_loss_sum(self.model, batch, self.world.device)
+        return token_loss_sum(self.model, batch, self.world.device, weights_T)
+
+    def together(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Return the joint loss, and that of every task."""
+        return {"eval_loss": sum(of_task["eval_loss"] for of_task in scores.values()), **by_task(scores)}
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], denominator: int) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Batch], denominator: int, task: int = 0) -> dict[str, float]:
         """Return `eval_loss`, the mean per target token."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in batches:

@@ -107,13 +107,10 @@ def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
         def show(done: int, total: int) -> None:
             status.update(f"tokenising {done:,} of {total:,} records")
 
-        data = prepare(recipe.data, tokenizer, recipe.seed, show, _classes(recipe))  # type: ignore[arg-type]
+        classes = recipe.classifier.labels if recipe.classifier else None
+        data = prepare(recipe.data, tokenizer, recipe.seed, show, classes, recipe.tasks)  # type: ignore[arg-type]
     _report_data(data.counts, console)
     return data
-
-
-def _classes(recipe: Recipe) -> int | None:
-    return recipe.classifier.labels if recipe.classifier else None
 
 
 def _assemble(
@@ -132,7 +129,7 @@ def _assemble(
     with console.status("loading the backbone"):
         engine = make_engine(world, launch, recipe)
         head_std = recipe.classifier.init_std if recipe.classifier else None
-        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, _classes(recipe), head_std)
+        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head_std)
     check_trainable(model, data)
     adapter = build_adapter(model, recipe)
     _report_adapter(adapter, console)

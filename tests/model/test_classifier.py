@@ -15,7 +15,7 @@ from metatt_scale.export import export
 from metatt_scale.recipe import BackboneRecipe
 from metatt_scale.reopen import reopen
 from metatt_scale.training import loop, train
-from metatt_scale.training.classifier import Classes
+from metatt_scale.training.classifier import Classifier
 from tests.tiny import FLOAT32, FLOAT64, randomise
 from tests.toy import BERT, CPU, LLAMA, ROBERTA, UNDROPPED, bits_of, make_trainer, metrics, quiet, toy_classifier
 
@@ -296,7 +296,7 @@ def test_a_classifier_stands_on_an_encoder(tmp_path):
         ValueError, match=r"it is a llama, but a classifier stands on an encoder here \(bert, roberta\)"
     ):
         load_backbone(recipe.backbone, CPU, classes=2)
-    assert isinstance(make_trainer(toy_classifier(tmp_path)).objective, Classes)
+    assert isinstance(make_trainer(toy_classifier(tmp_path)).objective, Classifier)
 
 
 def test_too_long_for_the_positions_of_roberta(tmp_path):

@@ -10,7 +10,7 @@ from scipy.stats import pearsonr, spearmanr
 from metatt_scale.data import collate, micro_batches
 from metatt_scale.reopen import read_recipe
 from metatt_scale.training import train
-from metatt_scale.training.classifier import Numbers
+from metatt_scale.training.classifier import Classifier
 from tests.tiny import FLOAT64, randomise
 from tests.toy import BERT, ROBERTA, UNDROPPED, make_trainer, metrics, quiet, said, toy_classifier
 
@@ -79,7 +79,7 @@ def test_a_trained_chain_tells_numbers_apart(tmp_path):
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    assert isinstance(trainer.objective, Numbers) and trainer.objective.headline == "eval_spearman"
+    assert isinstance(trainer.objective, Classifier) and trainer.objective.headline == "eval_spearman"
     assert after["eval_loss"] < before["eval_loss"] / 2 and after["eval_pearson"] > 0.9
 
 
@@ -92,7 +92,7 @@ def test_the_best_by_its_metric_is_kept_and_patience_counts_by_it(tmp_path, monk
         loss, score = next(told)
         return {"eval_loss": loss, "eval_pearson": score, "eval_spearman": 1 - score}
 
-    monkeypatch.setattr(Numbers, "evaluate", evaluate)
+    monkeypatch.setattr(Classifier, "evaluate", evaluate)
     console = quiet()
     run = train(recipe, console)
     assert "stopped early after step 4: no higher eval_pearson in 2 evaluations" in said(console)

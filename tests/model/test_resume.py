@@ -120,7 +120,7 @@ def test_resume_with_dropout_and_a_skipped_step(tmp_path, monkeypatch):
     sections = with_dropout(tmp_path)
     real, calls = objective.token_loss_sum, []
 
-    def spoiled(model, batch, device):  # not finite in the second optimizer step of either run
+    def spoiled(model, batch, device, weights=None):  # not finite in the second optimizer step of either run
         loss = real(model, batch, device)
         calls.append(model.training)
         return loss * float("nan") if model.training and sum(calls) in (3, 4) else loss

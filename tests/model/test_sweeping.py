@@ -289,7 +289,7 @@ def test_no_finite_gradient_means_size_decides(tmp_path, monkeypatch):
     for _ in range(4):
         one_step(trainer)
     finite = trainer.objective.loss_sum
-    monkeypatch.setattr(type(trainer.objective), "loss_sum", lambda self, batch: finite(batch) * float("nan"))
+    monkeypatch.setattr(type(trainer.objective), "loss_sum", lambda self, batch, _: finite(batch) * float("nan"))
     report = {}
     trainer._sweep_if_due(report)
     assert report["ranks"] == [3, 3, 3] and report["sweep"]["by"] == "magnitude: no gradient was finite"

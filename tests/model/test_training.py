@@ -161,7 +161,7 @@ def spoil(monkeypatch, bad_steps, value=math.nan):
     """Make the loss of the optimizer steps whose numbers are in `bad_steps` not finite."""
     real, calls = token_loss_sum, []
 
-    def spoiled(model, batch, device):
+    def spoiled(model, batch, device, weights=None):
         if not model.training:
             return real(model, batch, device)
         calls.append(0)
@@ -420,7 +420,7 @@ def test_a_run_that_learned_nothing_hands_over_nothing(tmp_path, monkeypatch):
     write_toy(tmp_path)
     recipe = toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"})
     monkeypatch.setattr(
-        objective, "token_loss_sum", lambda model, batch, device: model(batch.input_ids_BS).logits.sum() * math.nan
+        objective, "token_loss_sum", lambda model, batch, device, _: model(batch.input_ids_BS).logits.sum() * math.nan
     )
     with pytest.raises(ValueError, match="all 3 steps were skipped"):
         train(recipe, quiet())
