@@ -260,8 +260,8 @@ def _build(config: PreTrainedConfig, classes: int | None, **options: Any) -> Pre
     auto = _model_class(config, classes)
     if classes is not None:
         config.num_labels = classes
-        # What transformers would guess from labels; pipelines of an exported model have none to guess from.
-        config.problem_type = "regression" if classes == 1 else "single_label_classification"
+        # Pipelines of an exported model would take one output for a class, and squash it.
+        config.problem_type = "regression" if classes == 1 else None
     try:
         return auto.from_config(config, **options)
     except (
