@@ -214,7 +214,7 @@ def _train(options: Namespace) -> int:
         return stop.exit_code
     next_one = f"metatt-scale evaluate {run.folder}, metatt-scale export {run.folder} --to lora"
     if recipe.classifier:
-        next_one = f"metatt-scale export {run.folder} --to merged"
+        next_one = f"metatt-scale export {run.folder} --to lora"
     console.print(f"next: {next_one}", soft_wrap=True)
     return 0
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import ChainAdapter, merge, peft_config, peft_state, plain_linear, read_adapter
+from metatt_scale.adapter import ChainAdapter, merge, peft_config, peft_state, plain_linear, read_adapter, read_head
 from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
@@ -79,16 +79,13 @@ def export(
 
 
 def _write_lora(source: Path, recipe: Recipe, folder: Path) -> None:
-    if recipe.classifier is not None:
-        raise ValueError(
-            "--to lora: this run is a classifier, whose head a LoRA folder of ours does not hold yet; use --to merged"
-        )
-    adapter = read_adapter(source)  # the factors need no backbone
-    state = peft_state(adapter)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise ValueError(f"{source}: the LoRA factors are not finite; the adapter's cores are damaged or overflow")
+    adapter, head = read_adapter(source), read_head(source)  # the factors need no backbone
+    state = peft_state(adapter, head)
+    bad = next((name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())), None)
+    if bad is not None:
+        raise ValueError(f"{source}: {bad} is not finite; the adapter's cores or head are damaged or overflow")
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(adapter, recipe.backbone.path))
+    write_json(folder / "adapter_config.json", peft_config(adapter, recipe.backbone.path, head))
 
 
 def _write_merged(opened: Reopened, folder: Path) -> None:
@@ -141,6 +138,7 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         f"| base model | {description['base_model']} (quantization {recipe.backbone.quantization}) |",
         f"| chain | {sizes}; ranks {', '.join(map(str, description['ranks']))}; alpha {description['alpha']} |",
         f"| trained parameters | {description['trainable_parameters']:,} |",
+        *_label_lines(recipe, to),
         f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
         f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",
         f"| training | {description['step']} steps of {recipe.training.batch_size} examples, learning rate "
@@ -150,6 +148,16 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         *_score_lines(run_folder(source) / "results.json", recipe, description["weights_sha256"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _label_lines(recipe: Recipe, to: str) -> list[str]:
+    classifier = recipe.classifier
+    if classifier is None:
+        return []
+    kind = "one number (regression)" if classifier.is_regression else f"{classifier.labels} classes"
+    load = f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={classifier.labels})"
+    onto = f"; load this folder on `{load}`" if to == "lora" else ""
+    return [f"| labels | {kind}, by a head at its random start, which is in this folder{onto} |"]
 
 
 def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str) -> list[str]:

@@ -6,7 +6,7 @@ from metatt_scale.adapter.inject import attach, chain_spec, head_dim_of, inject
 from metatt_scale.adapter.lora_form import lora_pairs, peft_config, peft_state
 from metatt_scale.adapter.merge import merge, plain_linear, unmerge
 from metatt_scale.adapter.modes import ChainSpec, full_cores
-from metatt_scale.adapter.saved import load_adapter, read_adapter, read_description, save_adapter
+from metatt_scale.adapter.saved import load_adapter, read_adapter, read_description, read_head, save_adapter
 from metatt_scale.adapter.size import norm_in_use
 from metatt_scale.adapter.targets import Target, TargetMap, find_targets
 
@@ -32,6 +32,7 @@ __all__ = [
     "plain_linear",
     "read_adapter",
     "read_description",
+    "read_head",
     "save_adapter",
     "unmerge",
 ]

@@ -8,6 +8,7 @@ form is the same matrix, not an approximation, and everything that serves LoRA s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,14 +43,21 @@ def lora_pairs(adapter: ChainAdapter) -> list[LoraPair]:
     return pairs
 
 
-def peft_config(adapter: ChainAdapter, base_model: str) -> dict[str, Any]:
-    """Return PEFT's adapter_config.json for these factors (lora_alpha = alpha r, since PEFT divides by r)."""
+def peft_config(adapter: ChainAdapter, base_model: str, head: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return PEFT's adapter_config.json for these factors (lora_alpha = alpha r, since PEFT divides by r).
+
+    Args:
+        adapter: the chain.
+        base_model: where PEFT's users find the backbone.
+        head: tensors of a classifier's head by name, whose modules PEFT replaces by those of the folder.
+    """
     # PEFT has no task type for masked language models, and its wrapper for causal ones fails on them.
     causal = not adapter.targets[0].path.startswith(("bert.", "roberta."))
     rank = adapter.spec.lora_rank
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if causal else None,
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM" if causal else None,
+        "modules_to_save": sorted({_head_module(name) for name in head}) if head else None,
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": adapter.alpha * rank,
@@ -62,9 +70,15 @@ def peft_config(adapter: ChainAdapter, base_model: str) -> dict[str, Any]:
     }
 
 
-def peft_state(adapter: ChainAdapter) -> dict[str, Tensor]:
-    """Return the tensors of PEFT's adapter_model.safetensors."""
-    state = {}
+def _head_module(name: str) -> str:
+    """Return the path of the module of the head that a parameter belongs to: the pooler, or what stands on top."""
+    before, pooler, _ = name.rpartition("pooler.")
+    return before + "pooler" if pooler else name.partition(".")[0]
+
+
+def peft_state(adapter: ChainAdapter, head: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the tensors of PEFT's adapter_model.safetensors, those of a classifier's head among them."""
+    state = {f"base_model.model.{name}": value for name, value in (head or {}).items()}
     for path, lora_A, lora_B in lora_pairs(adapter):
         state[f"base_model.model.{path}.lora_A.weight"] = lora_A
         state[f"base_model.model.{path}.lora_B.weight"] = lora_B

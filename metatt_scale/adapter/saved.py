@@ -111,18 +111,29 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
     """
     adapter = read_adapter(folder)
     _check_fit(model, adapter.target_map, folder)
-    if "head_sha256" in read_description(folder):
-        _put_head(model, folder)
+    head = read_head(folder)
+    if head is not None:
+        _put_head(model, head, folder)
     adapter.compute_dtype = compute_dtype(model)
     attach(model, adapter)
     return adapter
 
 
-def _put_head(model: PreTrainedModel, folder: Path) -> None:
+def read_head(folder: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a classifier's head by name; None where the adapter has none.
+
+    Raises:
+        ValueError: damaged files.
+    """
+    if "head_sha256" not in read_description(folder):
+        return None
     try:
-        head = load_file(folder / HEAD)
+        return load_file(folder / HEAD)
     except SafetensorError as error:
         raise ValueError(f"{folder / HEAD}: damaged ({error!r})") from None
+
+
+def _put_head(model: PreTrainedModel, head: Mapping[str, Tensor], folder: Path) -> None:
     parameters = dict(model.named_parameters())
     for name, value in head.items():
         found = tuple(parameters[name].shape) if name in parameters else "none of that name"

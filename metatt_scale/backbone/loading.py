@@ -110,11 +110,15 @@ def load_backbone(
     return model
 
 
-def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
+def load_skeleton(recipe: BackboneRecipe, classes: int | None = None) -> PreTrainedModel:
     """Return the model's module tree on the meta device: shapes without weights, no download where a config ships.
 
+    Args:
+        recipe: what would be loaded.
+        classes: as of `load_backbone`.
+
     Raises:
-        ValueError: no configuration can be found.
+        ValueError: no configuration can be found, or it is of no encoder and `classes` are given.
     """
     shipped = architecture_file(recipe.path)  # also by hub id: planning needs no network
     source = Source(kind="random", location=str(shipped)) if shipped else resolve(recipe.path)
@@ -125,8 +129,10 @@ def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
             config = _read_config(recipe, source)
         except _LOADING_ERRORS as error:
             raise ValueError(why_not(recipe.path, source, error)) from None
+    with _one_message(recipe, source):
+        _model_class(config, classes)
     with torch.device("meta"):
-        return _build(config, None, trust_remote_code=recipe.trust_remote_code)
+        return _build(config, classes, trust_remote_code=recipe.trust_remote_code)
 
 
 def _random_shapes(
@@ -264,8 +270,8 @@ def _build(config: PreTrainedConfig, classes: int | None, **options: Any) -> Pre
     auto = _model_class(config, classes)
     if classes is not None:
         config.num_labels = classes
-        # What transformers would guess from labels; pipelines of an exported model have none to guess from.
-        config.problem_type = "regression" if classes == 1 else "single_label_classification"
+        # Pipelines of an exported model would take one output for a class, and squash it.
+        config.problem_type = "regression" if classes == 1 else None
     try:
         return auto.from_config(config, **options)
     except (

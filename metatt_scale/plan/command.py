@@ -50,13 +50,15 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
         ValueError: an argument out of range, or what `plan` and `simulate` refuse.
     """
     _check(options)
-    only_language_models(recipe, "plan")
     if options.simulate:
+        only_language_models(recipe, "plan --simulate")
         return _simulate(recipe, options, console)
     from metatt_scale.plan.estimate import Machine, plan, with_overrides
     from metatt_scale.plan.table import plan_table
     from metatt_scale.plan.timing import known_hardware
 
+    if options.answer_tokens is not None:
+        only_language_models(recipe, "plan --answer-tokens")
     if options.answer_tokens is not None and recipe.data.train_on_inputs:
         raise ValueError(
             f"--answer-tokens is {options.answer_tokens}, but data.train_on_inputs is true, so all have a loss; "

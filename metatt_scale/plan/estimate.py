@@ -66,6 +66,7 @@ def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
         "adapted_modules": len(targets.targets),
         "projections": list(targets.projections),
         "backbone_parameters": shape.parameters,
+        "head_parameters": shape.head_parameters,
         "lora_parameters": {str(rank): targets.lora_parameters(rank) for rank in (8, 16)},
     }
 

@@ -50,7 +50,8 @@ def lay_out(
     one rank, unless the weights cannot be sharded (`assumption` tells).
 
     A batch of n examples is dealt in k = ceil(n / (W micro_batch_size)) rounds, each rank ceil(n / (k W)) a round
-    (data/batches.py). `answers` are the positions per example that have a target; all but the first when None.
+    (data/batches.py). `answers` are the positions per example that have a target; when None all but the first, of a
+    classifier one.
     `examples` replaces the examples of a round.
 
     Raises:
@@ -62,7 +63,7 @@ def lay_out(
     if strategy != "replicate":
         check_shardable(recipe.backbone)
     rounds = math.ceil(training.batch_size / (ranks * training.micro_batch_size))
-    most = tokens - 1
+    most = 1 if recipe.classifier else tokens - 1
     return Layout(
         ranks=ranks,
         gpus_per_node=gpus_per_node,

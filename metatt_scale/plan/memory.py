@@ -2,8 +2,9 @@
 
 The activations are those that autograd keeps for transformers' Llama layer, counted tensor by tensor (also Mistral,
 Qwen2, Qwen3). For other architectures a layer is taken to keep every linear's output, its attention and two
-norms: within about 30 %. Not counted: the CUDA context, cuBLAS workspaces, fragmentation; and the logits of models
-that cap or scale them (Gemma 2, Granite, Cohere), whose output head cannot give the loss itself.
+norms: within about 30 %. A classifier's examples have one target, and its labels for a vocabulary. Not counted: the
+CUDA context, cuBLAS workspaces, fragmentation; and the logits of models that cap or scale them (Gemma 2, Granite,
+Cohere), whose output head cannot give the loss itself.
 
 Letters: see shape.py. A target positions per example, T = B A of a micro-batch, C of a chunk of the loss, R bond to
 the right of the input mode.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from metatt_scale.adapter import ChainSpec, TargetMap, chain_spec, find_targets, head_dim_of
 from metatt_scale.adapter.targets import is_linear, widths
 from metatt_scale.backbone import load_skeleton
+from metatt_scale.backbone.head import in_head
 from metatt_scale.backbone.quantised import linears_to_pack
 from metatt_scale.backbone.units import find_units
 from metatt_scale.recipe import BackboneRecipe, Recipe
@@ -63,6 +64,7 @@ class ModelShape:
     heads: int
     layers: int
     vocabulary: int
+    """Logits of a position whose loss is taken; of a classifier: its labels."""
     head_norms: bool
     """Queries and keys pass a norm of their own (Qwen3)."""
     linear_outputs: int
@@ -75,6 +77,9 @@ class ModelShape:
     buffer_bytes: int
     """Rotary frequencies and the like: on every rank."""
     parameters: int
+    """Frozen values, without those of a classifier's head."""
+    head_parameters: int
+    """Frozen values of a classifier's head (with the pooler, where it has one); 0 for a language model."""
     target_map: TargetMap
     spec: ChainSpec
 
@@ -85,7 +90,8 @@ def read_shape(recipe: Recipe) -> ModelShape:
     Raises:
         ValueError: no configuration for the backbone, or targets that match nothing.
     """
-    model = load_skeleton(recipe.backbone)
+    labels = recipe.classifier.labels if recipe.classifier else None
+    model = load_skeleton(recipe.backbone, labels)
     target_map = find_targets(model, recipe.adapter.target_modules, recipe.adapter.layers)
     spec = chain_spec(recipe.adapter, target_map, head_dim_of(model), len(recipe.tasks))
     config = model.config.get_text_config()
@@ -96,6 +102,7 @@ def read_shape(recipe: Recipe) -> ModelShape:
     heads = config.num_attention_heads
     query = heads * (head_dim_of(model) or config.hidden_size // heads)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head = sum(p.numel() for name, p in model.named_parameters() if labels and in_head(model, name))
     llama = config.model_type in _LLAMA_MODELS and names >= _LLAMA_LIKE
     return ModelShape(
         family="llama" if llama else "generic",
@@ -105,14 +112,15 @@ def read_shape(recipe: Recipe) -> ModelShape:
         key=query // heads * key_heads,
         heads=heads,
         layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
+        vocabulary=labels or config.vocab_size,
         head_norms=any(path.endswith("q_norm") for path, _ in first.named_modules()),
         linear_outputs=sum(pair[1] for pair in linears.values()),
         widest_linear=max(d_in * d_out for d_in, d_out in linears.values()),
         layer_parameters=sum(d_in * d_out for d_in, d_out in linears.values()),
         units=units,
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()) - head,
+        head_parameters=head,
         target_map=target_map,
         spec=spec,
     )

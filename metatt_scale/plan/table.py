@@ -66,6 +66,9 @@ def _counts(numbers: dict[str, Any], recipe: Recipe) -> Table:
     for rank, count in numbers["lora_parameters"].items():
         table.add_row(f"LoRA r={rank} instead", f"{count:,}", "")
     table.add_row("backbone parameters", f"{numbers['backbone_parameters']:,}", recipe.backbone.path)
+    if recipe.classifier:
+        kind = "one number" if recipe.classifier.is_regression else f"{recipe.classifier.labels} classes"
+        table.add_row("head parameters", f"{numbers['head_parameters']:,}", f"frozen at a random start, {kind}")
     return table
 
 
@@ -102,9 +105,8 @@ def _memory(numbers: dict[str, Any]) -> Table:
     kept = "layer inputs, recomputed" if layout["gradient_checkpointing"] else "all layers"
     table.add_row("activations kept", size(activations["kept"]), f"{work}, {kept}, attention {layout['attention']}")
     table.add_row("  one layer's backward", size(activations["layer"]), "")
-    table.add_row(
-        "  logits", size(activations["logits"]), f"{layout['answer_tokens_per_example']} targets an example"
-    )
+    targets = layout["answer_tokens_per_example"]
+    table.add_row("  logits", size(activations["logits"]), f"{targets} target{'s' if targets > 1 else ''} an example")
     if layout["ranks_per_copy"] > 1:
         table.add_row("gathered at the peak", size(memory["gathered"]), "a unit, and the next or its buffer")
     table.add_row("peak", size(memory["peak"]), f"weights + chain + the largest phase: {memory['peak_at']}")

@@ -52,11 +52,12 @@ def step_flops(shape: ModelShape, recipe: Recipe, layout: Layout) -> float:
     """Return the operations of one rank in an optimizer step.
 
     Per row and layer a forward is 2 P + 4 S Q c (scores and their use; c = 1/2 where the kernel skips what is not
-    causal) + 2 (d_in R + R R' + R' d_out) for each target. A backward, which makes gradients of inputs only, is
-    once the matrices and twice the rest; recomputation is one more forward. The head: 2 D V per position, twice.
+    causal, 1 for encoders) + 2 (d_in R + R R' + R' d_out) for each target. A backward, which makes gradients of
+    inputs only, is once the matrices and twice the rest; recomputation is one more forward. The head: 2 D V per
+    position, twice (of a classifier V are its labels, and its own dense layer is left out).
     """
     work, spec = layout.work, shape.spec
-    causal = 1.0 if recipe.backbone.attention == "eager" else 0.5
+    causal = 1.0 if recipe.backbone.attention == "eager" or recipe.classifier else 0.5
     attention = 4 * work.tokens * shape.query * causal * shape.layers
     bond = max(spec.ranks)
     chain = sum(2 * (t.d_in * bond + bond**2 + bond * t.d_out) for t in shape.target_map.targets)

@@ -273,7 +273,7 @@ class Recipe(Section):
 
 
 def only_language_models(recipe: Recipe, command: str) -> None:
-    """Refuse a recipe with a classifier for what makes or weighs text, or counts its costs.
+    """Refuse a recipe with a classifier for what makes or weighs text.
 
     Raises:
         ValueError: it has one.

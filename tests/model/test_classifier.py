@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from metatt_scale.adapter import load_adapter
 from metatt_scale.backbone import head_tensors, load_backbone, resolve
 from metatt_scale.cli import main
 from metatt_scale.data import IGNORE, collate, micro_batches
-from metatt_scale.export import export
 from metatt_scale.recipe import BackboneRecipe
 from metatt_scale.reopen import reopen
 from metatt_scale.training import loop, train
@@ -235,19 +233,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert bits_of(tmp_path / "a") == bits_of(tmp_path / "b")
 
 
-def test_the_merged_export_is_a_transformers_classifier(tmp_path):
-    recipe = toy_classifier(tmp_path, config={**BERT, **UNDROPPED})
-    run = train(recipe, quiet())
-    folder = export(run.folder, "merged", quiet())
-    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        close([plain(ids).logits], [run.model.eval()(ids).logits], FLOAT32)
-    cores = export(run.folder, "metatt", quiet())
-    assert {"metatt.json", "metatt.safetensors", "head.safetensors"} <= {path.name for path in cores.iterdir()}
-    assert f"({6 * 16} examples)" in (cores / "README.md").read_text()
-
-
 # ---- what is refused
 
 
@@ -312,15 +297,14 @@ def test_commands_for_language_models_say_so(tmp_path, capsys):
     for arguments in (
         ["evaluate", folder, "--tasks", "boolq"],
         ["generate", folder, "--prompt", "a"],
-        ["plan", file],
+        ["plan", file, "--simulate"],
         ["benchmark", file],
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
-        assert f"`{arguments[0]}` is for language models, but this recipe has a `classifier`; " in error
+        command = " ".join(arguments[::2]) if arguments[0] == "plan" else arguments[0]
+        assert f"`{command}` is for language models, but this recipe has a `classifier`; " in error
         assert ("metrics.jsonl" in error) == (arguments[0] == "evaluate")
-    assert main(["export", folder, "--to", "lora"]) == 2
-    assert "--to lora: this run is a classifier" in capsys.readouterr().err
 
 
 def test_a_package_may_hold_a_folder(tmp_path, monkeypatch):

@@ -13,6 +13,17 @@ from metatt_scale.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 ROBERTA = ("backbone.path=random:{}", "adapter.target_modules=[query,value]")
+GLUE_COUNTS = [
+    ("base", "4d", 8, 13_184),
+    ("base", "4d", 24, 44_928),
+    ("base", "4d", 64, 155_648),
+    ("base", "5d", 16, 19_968),
+    ("base", "5d", 64, 159_744),
+    ("large", "4d", 8, 18_048),
+    ("large", "4d", 16, 39_424),
+    ("large", "4d", 32, 92_160),
+    ("large", "5d", 32, 77_824),
+]
 COUNTS = [
     ("llama2_7b_commonsense", (), "metatt_4d", 16, 139_776),
     ("llama2_7b_commonsense", (), "metatt_4d", 256, 4_325_376),
@@ -41,6 +52,32 @@ def test_counts_of_the_paper(capsys, recipe, architecture, kind, rank, count):
     assert f"{count:,}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size, kind, rank, count", GLUE_COUNTS)
+def test_counts_of_the_paper_on_glue_with_the_head_apart(capsys, size, kind, rank, count):
+    init = "ze-id-id-id-id" if kind == "5d" else "ze-id-id-id"
+    overrides = [f"adapter.kind=metatt_{kind}", f"adapter.rank={rank}", f"adapter.init={init}"]
+    arguments = ["plan", str(RECIPES / f"roberta_{size}_mrpc.yaml"), *overrides]
+    assert main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    width = {"base": 768, "large": 1024}[size]
+    assert plan["trainable_parameters"] == count
+    assert plan["head_parameters"] == width * width + width + 2 * width + 2  # dense, then one row a class
+    assert plan["backbone_parameters"] == {"base": 124_055_040, "large": 354_310_144}[size]
+    assert plan["lora_parameters"]["8"] == {"base": 294_912, "large": 786_432}[size]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert f"{count:,}" in text and f"{plan['head_parameters']:,}" in text and "2 classes" in text
+
+
+def test_a_pooler_belongs_to_the_head_and_a_language_model_has_none(capsys):
+    assert main(["plan", str(RECIPES / "minilm_stsb.yaml"), "backbone.path=random:minilm_l6", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["head_parameters"] == 147_840 + 384 + 1 and plan["trainable_parameters"] == 6_656
+    assert plan["backbone_parameters"] == 22_713_216 - 147_840
+    assert plan["layout"]["answer_tokens_per_example"] == 1
+    assert planned(capsys)["head_parameters"] == 0
+
+
 def test_lora_beside_it(capsys):
     assert main(["plan", str(RECIPES / "llama2_7b_commonsense.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lora_parameters"] == {"8": 4_194_304, "16": 8_388_608}
@@ -55,7 +92,9 @@ def planned(capsys, *arguments):
 
 
 def test_all_recipes_can_be_planned(capsys):
-    for path in [*sorted(RECIPES.glob("llama*.yaml")), RECIPES / "qwen3_8b_commonsense.yaml"]:
+    encoders = [*RECIPES.glob("roberta*.yaml")]
+    assert len(encoders) == 16
+    for path in [*sorted(RECIPES.glob("llama*.yaml")), RECIPES / "qwen3_8b_commonsense.yaml", *encoders]:
         assert main(["plan", str(path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["memory"]["peak"] > 0
 
@@ -220,3 +259,14 @@ def test_bad_input_is_one_message(capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error and error.count("error:") == 1
+
+
+def test_a_classifier_has_no_answers_and_stands_on_an_encoder(capsys):
+    recipe = str(RECIPES / "roberta_base_mrpc.yaml")
+    for arguments, message in [
+        (["--answer-tokens", "3"], "`plan --answer-tokens` is for language models"),
+        (["--simulate"], "`plan --simulate` is for language models"),
+        (["backbone.path=random:llama2_7b"], "it is a llama, but a classifier stands on an encoder"),
+    ]:
+        assert main(["plan", recipe, *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -67,7 +67,7 @@ def trained_parameters(recipe: Recipe) -> int:
 
 
 def test_recipes_are_found():
-    assert len(RECIPES) >= 9
+    assert len(RECIPES) >= 29
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
@@ -111,6 +111,64 @@ def test_commonsense_recipes_keep_the_settings_of_the_paper(path: Path):
     assert (data.format, data.template, data.cutoff_length) == ("instruction", "llm_adapters", 256)
     assert (training.keep, data.validation_size) == ("best", 120)
     assert set(recipe.evaluation.tasks) == COMMONSENSE_TASKS
+
+
+TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+FIELDS = {"cola": ("sentence",), "sst2": ("sentence",), "mnli": ("premise", "hypothesis")}
+FIELDS |= {"qnli": ("question", "sentence"), "qqp": ("question1", "question2")}
+FIELDS |= dict.fromkeys(("mrpc", "rte", "stsb"), ("sentence1", "sentence2"))
+# Model, kind, rank: alpha, learning rate and batch size of each task; Table 5 calls rank 8 of Table 2 rank 4.
+GRID = {
+    ("base", "4D", 8): ("4 4 .5 4 4 4 .5 4", "1 1 1 1 1 1 1 1", "8 8 8 8 16 16 8 8"),
+    ("base", "4D", 24): ("4 4 4 .5 .5 .5 4 .5", ".5 1 .5 1 1 1 .5 1", "8 32 16 16 32 16 32 16"),
+    ("base", "4D", 64): (".5 .5 .5 .5 .5 .5 .5 .5", "1 .5 .5 1 1 .5 1 .5", "32 8 32 16 32 8 8 8"),
+    ("base", "5D", 16): (".5 .5 .5 .5 .5 .5 .5 .5", ".5 1 1 1 1 1 .5 1", "32 16 8 8 8 8 16 8"),
+    ("base", "5D", 64): (".5 .5 .5 .5 .5 .5 .5 .5", ".5 .5 1 1 .5 .5 1 1", "32 8 16 16 16 32 16 8"),
+    ("large", "4D", 16): (".5 .5 .5 .5 .5 .5 4 .5", "1 1 .5 1 1 .5 1 1", "8 32 32 32 16 8 16 32"),
+    ("large", "4D", 32): ("4 .5 .5 .5 .5 .5 4 .5", ".5 1 1 1 .5 .5 .5 1", "32 16 32 32 8 32 32 16"),
+    ("large", "5D", 32): (".5 .5 .5 .5 .5 .5 .5 .5", "1 1 .5 1 1 .5 .5 1", "32 8 32 32 16 8 8 16"),
+    ("large", "5D", 64): (".5 .5 .5 .5 .5 .5 .5 .5", ".5 1 .5 .5 .5 .5 .5 .5", "16 32 16 16 16 16 16 8"),
+}
+"""The paper's Tables 5 and 6; learning rates in 10^-3."""
+GLUE_COUNTS = {("base", "4D", 8): 13_184, ("base", "4D", 24): 44_928, ("base", "4D", 64): 155_648}
+GLUE_COUNTS |= {("base", "5D", 16): 19_968, ("base", "5D", 64): 159_744}
+GLUE_COUNTS |= {("large", "4D", 16): 39_424, ("large", "4D", 32): 92_160}
+GLUE_COUNTS |= {("large", "5D", 32): 77_824, ("large", "5D", 64): (1024 + 64) * 64 + (24 + 2 + 16) * 64**2}
+
+
+def of_the_paper(size: str, task: str) -> set[tuple]:
+    """(kind, rank, alpha, learning rate, batch size, trained parameters) of every row of a model."""
+    found = set()
+    for (model, kind, rank), columns in GRID.items():
+        if model == size:
+            alpha, rate, batch = (column.split()[TASKS.index(task)] for column in columns)
+            settings = float(alpha), round(float(rate) * 1e-3, 7), int(batch)
+            found.add((kind, rank, *settings, GLUE_COUNTS[model, kind, rank]))
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_glue_recipes_have_the_settings_of_tables_5_and_6(size: str, task: str):
+    path = ROOT / "recipes" / f"roberta_{size}_{task}.yaml"
+    recipe, text = load_recipe(path), path.read_text(encoding="utf-8")
+    training, adapter, data, classifier = recipe.training, recipe.adapter, recipe.data, recipe.classifier
+    assert classifier is not None
+    own = ("4D", adapter.rank, adapter.alpha, training.learning_rate, training.batch_size, trained_parameters(recipe))
+    others = re.findall(r"^#   ([45]D) +(\d+) +([\d.]+) +(\de-\d) +(\d+) +([\d,]+)", text, re.MULTILINE)
+    rows = [(k, int(r), float(a), float(lr), int(b), int(n.replace(",", ""))) for k, r, a, lr, b, n in others]
+    assert {own, *rows} == of_the_paper(size, task) and len(rows) == len(of_the_paper(size, task)) - 1
+    assert (training.epochs, training.weight_decay, training.warmup_ratio, data.cutoff_length) == (20, 0, 0.06, 256)
+    assert (adapter.init, training.keep, training.best_by) == ("ze-id-id-id", "best", "metric")
+    assert recipe.seed == {"base": 33305628, "large": 56346}[size]
+    assert f"seeds are {recipe.seed}, 2025 and 42" in text
+    assert classifier.labels == {"mnli": 3, "stsb": 1}.get(task, 2)
+    assert classifier.headline == {"cola": "matthews", "stsb": "spearman"}.get(task, "accuracy")
+    (train,), (validation,) = data.train, data.validation
+    assert train.path == validation.path == "nyu-mll/glue" and train.subset == validation.subset == task
+    assert (train.split, train.limit) == ("train", None)
+    assert validation.split == ("validation_matched" if task == "mnli" else "validation")
+    assert data.text_fields == FIELDS[task]
 
 
 @pytest.mark.parametrize(
@@ -226,18 +284,21 @@ def test_architecture_has_the_published_number_of_parameters(name: str):
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("task", ["mrpc", "rte"])
+@pytest.mark.parametrize("task", ["cola", "mrpc", "qnli", "rte", "sst2", "stsb"])
 def test_the_command_that_fetches_sentences_writes_what_the_recipe_reads(task, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    rows = [{"sentence1": f"\u00e4 {i}", "sentence2": "b\nc", "label": i % 2, "idx": i} for i in range(3)]
+    label = 2.5 if task == "stsb" else 1
+    rows = [{**dict.fromkeys(FIELDS[task], f"\u00e4 {i}\nc"), "label": label, "idx": i} for i in range(3)]
     known = {("nyu-mll/glue", task): {name: datasets.Dataset.from_list(rows) for name in ("train", "validation")}}
     monkeypatch.setattr(datasets, "load_dataset", lambda *which: known[which])
     monkeypatch.chdir(tmp_path)
     path = ROOT / "recipes" / f"minilm_{task}.yaml"
     (command,) = re.findall(r"^# python -c '(.*)'$", path.read_text(encoding="utf-8"), re.MULTILINE)
     exec(command, {})
-    data = load_recipe(path).data
-    fields = Fields(tuple(data.text_fields), data.label_field, 2)
+    recipe = load_recipe(path)
+    data, classifier = recipe.data, recipe.classifier
+    assert classifier is not None and data.train[0].limit == (None if task in ("mrpc", "rte") else 2000)
+    fields = Fields(tuple(data.text_fields), data.label_field, classifier.labels)
     for source in (*data.train, *data.validation):
         assert Path(source.path).read_bytes().startswith(b"\x1f\x8b")
         assert [
