@@ -151,11 +151,13 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
 
 
 def _label_lines(recipe: Recipe, to: str) -> list[str]:
-    classifier = recipe.classifier
-    if classifier is None:
+    if recipe.classifier is None:
         return []
-    kind = "one number (regression)" if classifier.is_regression else f"{classifier.labels} classes"
-    load = f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={classifier.labels})"
+    kind = "; ".join(
+        f"{f'{name}: ' if name else ''}{'one number (regression)' if of.is_regression else f'{of.labels} classes'}"
+        for name, of in recipe.label_sets.items()
+    )
+    load = f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={recipe.head_outputs})"
     onto = f"; load this folder on `{load}`" if to == "lora" else ""
     return [f"| labels | {kind}, by a head at its random start, which is in this folder{onto} |"]
 

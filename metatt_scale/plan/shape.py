@@ -90,7 +90,7 @@ def read_shape(recipe: Recipe) -> ModelShape:
     Raises:
         ValueError: no configuration for the backbone, or targets that match nothing.
     """
-    labels = recipe.classifier.labels if recipe.classifier else None
+    labels = recipe.head_outputs
     model = load_skeleton(recipe.backbone, labels)
     target_map = find_targets(model, recipe.adapter.target_modules, recipe.adapter.layers)
     spec = chain_spec(recipe.adapter, target_map, head_dim_of(model), len(recipe.tasks))
