@@ -68,7 +68,7 @@ def _counts(numbers: dict[str, Any], recipe: Recipe) -> Table:
     table.add_row("backbone parameters", f"{numbers['backbone_parameters']:,}", recipe.backbone.path)
     if recipe.classifier:
         kind = ", ".join(
-            f"{name or 'the records'}: {'one number' if of.is_regression else f'{of.labels} classes'}"
+            f"{f'{name}: ' if name else ''}{'one number' if of.is_regression else f'{of.labels} classes'}"
             for name, of in recipe.label_sets.items()
         )
         table.add_row("head parameters", f"{numbers['head_parameters']:,}", f"frozen at a random start, {kind}")
