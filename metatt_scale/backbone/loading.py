@@ -110,11 +110,11 @@ def load_backbone(
     return model
 
 
-def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
+def load_skeleton(recipe: BackboneRecipe, classes: int | None = None) -> PreTrainedModel:
     """Return the model's module tree on the meta device: shapes without weights, no download where a config ships.
 
     Raises:
-        ValueError: no configuration can be found.
+        ValueError: no configuration can be found, or none of an encoder where there are classes.
     """
     shipped = architecture_file(recipe.path)  # also by hub id: planning needs no network
     source = Source(kind="random", location=str(shipped)) if shipped else resolve(recipe.path)
@@ -125,8 +125,11 @@ def load_skeleton(recipe: BackboneRecipe) -> PreTrainedModel:
             config = _read_config(recipe, source)
         except _LOADING_ERRORS as error:
             raise ValueError(why_not(recipe.path, source, error)) from None
+    if classes is not None:
+        with _one_message(recipe, source):
+            _model_class(config, classes)
     with torch.device("meta"):
-        return _build(config, None, trust_remote_code=recipe.trust_remote_code)
+        return _build(config, classes, trust_remote_code=recipe.trust_remote_code)
 
 
 def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any]) -> PreTrainedModel:

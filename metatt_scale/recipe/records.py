@@ -13,7 +13,9 @@ class ClassifierRecipe(_Section):
     """Classes of whole records (`data.format: sentences`), on an encoder. Absent: a language model."""
 
     labels: int = Field(ge=2, le=10_000)
-    """Number of classes. The head that tells them apart stays frozen at a random start, which follows from `seed`."""
+    """Number of classes. The head that tells them apart starts at random numbers, which follow from `seed`."""
+    head: Literal["frozen", "trained"] = "frozen"
+    """Keep the head at its start (paper), or train it: in fp32 beside the adapter, on every rank."""
 
 
 class DataSource(_Section):

@@ -298,12 +298,13 @@ def test_commands_for_language_models_say_so(tmp_path, capsys):
     for arguments in (
         ["evaluate", folder, "--tasks", "boolq"],
         ["generate", folder, "--prompt", "a"],
-        ["plan", file],
+        ["plan", file, "--simulate"],
         ["benchmark", file],
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
-        assert f"`{arguments[0]}` is for language models, but this recipe has a `classifier`; " in error
+        name = "plan --simulate" if arguments[0] == "plan" else arguments[0]
+        assert f"`{name}` is for language models, but this recipe has a `classifier`; " in error
         assert ("metrics.jsonl" in error) == (arguments[0] == "evaluate")
     assert main(["export", folder, "--to", "lora"]) == 2
     assert "--to lora: this run is a classifier" in capsys.readouterr().err
