@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import ChainAdapter, merge, peft_config, peft_state, plain_linear, read_adapter, read_head
+from metatt_scale.adapter import HeadLinear, merge, peft_config, peft_state, plain_linear, read_head
 from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
+from metatt_scale.methods import read_alone
 from metatt_scale.recipe import Recipe
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder
 
@@ -38,17 +39,19 @@ def export(
     merge_base: str = "original",
     backbone: Mapping[str, Any] | None = None,
     replace: bool = False,
+    task: int | None = None,
 ) -> Path:
     """Write one export of a run or adapter folder and return its folder.
 
     Args:
         path: run directory or adapter folder.
-        to: `lora` (exact PEFT checkpoint), `merged` (plain transformers folder) or `metatt` (the cores).
+        to: `lora` (exact PEFT checkpoint), `merged` (plain transformers folder) or `metatt` (our own files).
         console: progress.
         out: target folder; `RUN/exports/FORMAT` when absent.
         merge_base: merge onto the `original` weights, or onto the `dequantised` 4- or 8-bit ones trained against.
         backbone: keys of the recipe's `backbone` section to replace, for example its `path` on this machine.
         replace: overwrite an existing export.
+        task: which task's weights, where the adapter tells tasks apart (`lora`, `merged`).
 
     Raises:
         ValueError: unknown format, damaged adapter, or merged weights that are not finite.
@@ -68,28 +71,31 @@ def export(
             for name in (CONFIG, WEIGHTS, *([HEAD] if "head_sha256" in description else [])):
                 shutil.copyfile(source / name, temporary / name)
         elif to == "lora":
-            _write_lora(source, recipe, temporary)
+            _write_lora(source, recipe, temporary, task)
         else:
             plain = {"quantization": "none"} if merge_base == "original" else {}
-            _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary)
+            _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary, task)
         write_json(temporary / _MARKER, {"format": to, "weights_sha256": description["weights_sha256"]})
         write_text(temporary / "README.md", model_card(source, description, recipe, to, merge_base))
     console.print(f"{to} export: {target}", highlight=False)
     return target
 
 
-def _write_lora(source: Path, recipe: Recipe, folder: Path) -> None:
-    adapter, head = read_adapter(source), read_head(source)  # the factors need no backbone
+def _write_lora(source: Path, recipe: Recipe, folder: Path, task: int | None) -> None:
+    adapter, head = read_alone(source, recipe), read_head(source)  # the factors need no backbone
+    adapter.task = task
+    if adapter.head is not None:
+        head = {name: value.detach() for name, value in adapter.head.named("").items()}
     state = peft_state(adapter, head)
     bad = next((name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())), None)
     if bad is not None:
-        raise ValueError(f"{source}: {bad} is not finite; the adapter's cores or head are damaged or overflow")
+        raise ValueError(f"{source}: {bad} is not finite; the adapter's tensors or head are damaged or overflow")
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", peft_config(adapter, recipe.backbone.path, head))
 
 
-def _write_merged(opened: Reopened, folder: Path) -> None:
-    assert isinstance(opened.adapter, ChainAdapter)
+def _write_merged(opened: Reopened, folder: Path, task: int | None) -> None:
+    opened.adapter.task = task
     merge(opened.adapter)
     make_plain(opened)
     opened.model.save_pretrained(folder)
@@ -99,13 +105,14 @@ def _write_merged(opened: Reopened, folder: Path) -> None:
 def make_plain(opened: Reopened) -> None:
     """Turn a merged model into an ordinary one: merged linears in their places, nothing quantised."""
     model, adapter = opened.model, opened.adapter
-    assert isinstance(adapter, ChainAdapter)
     for linear, target in zip(adapter.linears, adapter.targets, strict=True):
         assert linear.merged_layer is not None, "merge first"
         _put(model, target.path, linear.merged_layer)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:  # a bitsandbytes linear
             _put(model, path, plain_linear(module, adapter.compute_dtype))
+        if isinstance(module, HeadLinear):
+            _put(model, path, module.as_linear(adapter.compute_dtype))
 
 
 def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
@@ -116,12 +123,13 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
 def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str) -> str:
     """Return the README of an export: base, recipe, data, counts and the scores on record."""
     kinds = {
-        "lora": "the exact LoRA form of the tensor train (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
+        "lora": "the exact LoRA form of the adapter (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
         "merged": f"a plain transformers model, merged onto the {merge_base} weights",
-        "metatt": "the tensor-train cores (`metatt.json` + `metatt.safetensors`), for metatt-scale",
+        "metatt": "the adapter's own tensors (`metatt.json` + `metatt.safetensors`), for metatt-scale",
     }
     counted = "examples" if recipe.classifier else "target tokens"
-    sizes = " x ".join(f"{m} {n}" for m, n in zip(description["modes"], description["sizes"], strict=True))
+    in_head = description.get("head_parameters", 0)  # of adapters saved before heads were trained there is no count
+    head = f" and {in_head:,} of the head" if in_head else ""
     lines = [
         "---",
         f"base_model: {json.dumps(description['base_model'])}",
@@ -136,8 +144,8 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         "| | |",
         "|---|---|",
         f"| base model | {description['base_model']} (quantization {recipe.backbone.quantization}) |",
-        f"| chain | {sizes}; ranks {', '.join(map(str, description['ranks']))}; alpha {description['alpha']} |",
-        f"| trained parameters | {description['trainable_parameters']:,} |",
+        f"| adapter | {description.get('summary', description['kind'])}; alpha {description['alpha']} |",
+        f"| trained parameters | {description['trainable_parameters'] - in_head:,}{head} |",
         *_label_lines(recipe, to),
         f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
         f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",

@@ -109,11 +109,15 @@ def said(console: Console) -> str:
     return console.file.getvalue()
 
 
-def make_trainer(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainer:
-    """The trainer that `train` would make, in any dtype."""
+def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> Trainer:
+    """The trainer that `train` would make, in any dtype (None: as the recipe says)."""
     tokenizer, classes = byte_tokenizer(), recipe.classifier.labels if recipe.classifier else None
-    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs).to(dtype)  # type: ignore
-    adapter = build_adapter(model, recipe).to(dtype)
+    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs)
+    if dtype is not None:
+        model = model.to(dtype)  # type: ignore[arg-type]
+    adapter = build_adapter(model, recipe)
+    if dtype is not None:
+        adapter = adapter.to(dtype)
     return Trainer(
         recipe=recipe,
         model=model,

@@ -9,24 +9,48 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from metatt_scale.adapter.leaves import Leaves
+from metatt_scale.adapter.placed import Placed
 from metatt_scale.adapter.targets import Target, TargetMap
 
 NO_TASK = "this adapter was trained on several tasks, and each has weights of its own; choose one by name with --task"
+HEAD_PREFIX = "head."
+"""Before the names of a trained head's parameters."""
+
+
+class LoraPair(NamedTuple):
+    """LoRA factors of one module; the delta of the weight is alpha * lora_B @ lora_A."""
+
+    path: str
+    lora_A: Tensor
+    """(r x input)"""
+    lora_B: Tensor
+    """(output x r)"""
 
 
 class Adapter(nn.Module):
     """The owner of all trained parameters of a run."""
+
+    alpha = 1.0
+    """Scale of what the adapter adds."""
+    n_tasks = 1
+    """Tasks that the adapter tells apart."""
 
     def __init__(self, target_map: TargetMap, dtype: torch.dtype) -> None:
         super().__init__()
         self.target_map = target_map
         self.compute_dtype = dtype
         self.enabled = True
+        self.linears: tuple[Placed, ...] = ()
+        """The modules in the places of the targets, once attached."""
+        self.head: Leaves | None = None
+        """Parameters of the model's head by their names there, where that is trained (`train_head`)."""
         self.rows_per_step: int | None = None
         """Rows that go through a module per optimizer step, on all ranks: may decide the order of products."""
 
@@ -41,14 +65,31 @@ class Adapter(nn.Module):
         """The adapted modules."""
         return self.target_map.targets
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters by name, in an order that is the same on every rank."""
+    def attach(self, model: PreTrainedModel) -> None:
+        """Freeze the model and take effect in it.
+
+        Raises:
+            ValueError: it has an adapter already.
+        """
         raise NotImplementedError
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of this kind of adapter by name, in an order that is the same on every rank."""
+        raise NotImplementedError
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return all parameters by name: the adapter's own, then those of a trained head."""
+        return self.own() | (self.head.named(HEAD_PREFIX) if self.head is not None else {})
 
     @property
     def n_trained(self) -> int:
-        """Number of trained values."""
+        """Number of trained values, with those of a trained head."""
         return sum(parameter.numel() for parameter in self.trained().values())
+
+    @property
+    def n_head(self) -> int:
+        """Number of trained values of the head."""
+        return sum(parameter.numel() for parameter in self.head.parameters()) if self.head is not None else 0
 
     def kept(self) -> dict[str, Tensor]:
         """Return tensors that are not trained by gradients, but without which the trained ones mean nothing."""
@@ -77,16 +118,51 @@ class Adapter(nn.Module):
         """Return the form of the adapter in a few words."""
         raise NotImplementedError
 
+    def lora_pairs(self) -> list[LoraPair]:
+        """Return the exact LoRA factors of every target, alpha left out; of `task` where tasks differ.
+
+        Raises:
+            ValueError: there are none, or no task is chosen.
+        """
+        raise ValueError(
+            f"{self.summary()} adds no product of two thin matrices to a weight, so there is no LoRA form; export it "
+            "as `metatt`"
+        )
+
+    def deltas(self) -> Iterator[Tensor]:
+        """Yield what is added to every target's weight, input x output, in the precision of the parameters.
+
+        Raises:
+            ValueError: it is no change of weights, or no task is chosen.
+        """
+        for pair in self.lora_pairs():
+            yield self.alpha * (pair.lora_B @ pair.lora_A).mT
+
     def pull_back(self) -> None:
         """Carry what all backward passes of a step left behind to the gradients of the parameters."""
 
     def tasks_of(self, x: Tensor) -> Tensor | int:
         """Return the task of every row of a module's input (N,), or the one task of all of them."""
-        if self.task is not None:
-            return self.task
+        if self.chosen is not None:
+            return self.chosen
         if self.row_tasks is None:
-            raise ValueError(NO_TASK)
+            return self.one_task()
         return self.row_tasks.expand(x.shape[:-1]).reshape(-1)
+
+    @property
+    def chosen(self) -> int | None:
+        """The task that all rows are of; None where every row may be of another."""
+        return 0 if self.task is None and self.n_tasks == 1 else self.task
+
+    def one_task(self) -> int:
+        """Return the task that all rows are of, for what can only be had for one.
+
+        Raises:
+            ValueError: there are several and none is chosen.
+        """
+        if self.chosen is None:
+            raise ValueError(NO_TASK)
+        return self.chosen
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

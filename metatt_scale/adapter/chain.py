@@ -12,29 +12,29 @@ optimizer has changed the cores.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
-from metatt_scale.adapter.base import NO_TASK, Adapter
-from metatt_scale.adapter.folding import Fold, Operand, Operands, fold, folding_pays
-from metatt_scale.adapter.modes import ChainSpec
+from metatt_scale.adapter.base import HEAD_PREFIX, Adapter, LoraPair
+from metatt_scale.adapter.folding import ROOM, Fold, Operand, Operands, factors_at, fold, folding_pays
+from metatt_scale.adapter.modes import ChainSpec, factors
+from metatt_scale.adapter.placed import Placed, place
 from metatt_scale.adapter.targets import TargetMap
 from metatt_scale.tensor import mode_sizes, ranks
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Placed):
     """A frozen linear with y += (x A) C B behind it; A, C, B come from the owner of the chain."""
 
     def __init__(self, base_layer: nn.Module, adapter: ChainAdapter) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.merged_layer: nn.Module | None = None
+        super().__init__(base_layer)
         self.operands: Operands | None = None
         """Set by the owner; held here, and not looked up there, so that a compiled layer needs no index."""
         self._owner = (adapter,)  # inside a tuple, so that nn.Module does not register it as a child
@@ -66,11 +66,11 @@ class ChainAdapter(Adapter):
         super().__init__(target_map, dtype)
         self.spec = spec
         self.alpha = alpha
+        self.n_tasks = spec.n_tasks or 1
         self.reference = False
         """Compute by the plain reference arithmetic."""
         self.room = 0
         """Bytes that folded products may take."""
-        self.linears: tuple[AdaptedLinear, ...] = ()
         self.cores = nn.ParameterList([nn.Parameter(core) for core in cores])
         self._forget()
 
@@ -79,13 +79,22 @@ class ChainAdapter(Adapter):
         self._fold = Fold()
         self._shared: tuple[Any, ...] | None = None
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def attach(self, model: PreTrainedModel) -> None:
+        """Put linears that borrow the cores in the place of the model's, and fold the chain before every forward."""
+        self.linears = place(model, self.targets, lambda base, _: AdaptedLinear(base, self))
+        self.room = _weight_bytes(model) // ROOM
+        self.to(next(model.parameters()).device)
+        model.register_forward_pre_hook(lambda *_: self.fold())
+        model.register_forward_hook(lambda *_: self.forget_input())
+
+    def own(self) -> dict[str, nn.Parameter]:
         """Return the cores as `core_0`, `core_1`, ..."""
         return {f"core_{k}": core for k, core in enumerate(self.cores)}
 
     def set_values(self, values: Mapping[str, Tensor]) -> None:
         """Replace the cores; their ranks may change, and with them the parameters."""
         self.set_cores([values[f"core_{k}"] for k in range(len(self.cores))])
+        super().set_values({name: value for name, value in values.items() if name.startswith(HEAD_PREFIX)})
 
     def describe(self) -> dict[str, Any]:
         """Return modes, sizes, ranks and alpha."""
@@ -102,11 +111,31 @@ class ChainAdapter(Adapter):
         """Modes, sizes and ranks for print(adapter)."""
         return ", ".join(f"{key}={value}" for key, value in self.describe().items())
 
+    # ---- the same as plain matrices
+
+    @torch.no_grad()
+    def lora_pairs(self) -> list[LoraPair]:
+        """Return lora_A = (A C)^T and lora_B = B^T of every module, whose rank is the bond left of B."""
+        pairs = []
+        unscaled = factors(self.spec, [core.detach() for core in self.cores], task=self.one_task())
+        for target in self.targets:
+            a_IP, c_PQ, b_QO = factors_at(unscaled, target)
+            lora_A = (a_IP @ c_PQ).mT.contiguous()
+            pairs.append(LoraPair(target.path, lora_A, b_QO.mT.clone(memory_format=torch.contiguous_format)))
+        return pairs
+
+    @torch.no_grad()
+    def deltas(self) -> Iterator[Tensor]:
+        """Yield alpha A C B of every module."""
+        scaled = factors(self.spec, list(self.cores), self.alpha, self.one_task())
+        for target in self.targets:
+            yield operator.delta(*factors_at(scaled, target))
+
     # ---- the life of a core within one optimizer step
 
     def fold(self) -> None:
         """Contract the cores into every module's factors, unless that is done and the cores are unchanged."""
-        state = (self.reference, self.folds_into_b, self.task, *(core._version for core in self.cores))
+        state = (self.reference, self.folds_into_b, self.chosen, *(core._version for core in self.cores))
         if self._folded_at == state:
             return
         self._forget()
@@ -122,9 +151,10 @@ class ChainAdapter(Adapter):
                 dtype=self.compute_dtype,
                 into_b=self.folds_into_b,
                 with_values=self.reference,
-                task=self.task,
+                task=self.chosen,
             )
         for linear, operands in zip(self.linears, self._fold.modules, strict=True):
+            assert isinstance(linear, AdaptedLinear)
             linear.operands = operands
         self._folded_at = state
 
@@ -138,7 +168,7 @@ class ChainAdapter(Adapter):
 
     @property
     def _mixes_tasks(self) -> bool:
-        return self.spec.n_tasks is not None and self.task is None
+        return self.chosen is None
 
     def add_to(self, y: Tensor, x: Tensor, operands: Operands) -> Tensor:
         """Add a module's adapter output for input x to its base output y, in place where possible."""
@@ -172,16 +202,6 @@ class ChainAdapter(Adapter):
         task_N = self.tasks_of(x)
         assert isinstance(task_N, Tensor)
         return task_N
-
-    def one_task(self) -> int | None:
-        """Return the task that is chosen; None where the chain knows none.
-
-        Raises:
-            ValueError: it has a core for tasks, and none is chosen.
-        """
-        if self._mixes_tasks:
-            raise ValueError(NO_TASK)
-        return self.task
 
     def _project(self, x: Tensor, a: Operand) -> Tensor:
         """Return x A, once for neighbours that read the same x (Q, K and V; gate and up)."""
@@ -217,3 +237,11 @@ class ChainAdapter(Adapter):
         like = self.cores[0]
         self.cores = nn.ParameterList([nn.Parameter(core.detach().to(like, copy=True)) for core in cores])
         self._forget()
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the whole model's weights, also where an engine has cut them.
+
+    What follows from it must not depend on the engine or the number of ranks: the order of the products changes bits.
+    """
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())

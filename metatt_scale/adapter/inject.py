@@ -7,8 +7,7 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
-from metatt_scale.adapter.folding import ROOM
+from metatt_scale.adapter.chain import ChainAdapter
 from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order, full_cores, initial_cores
 from metatt_scale.adapter.targets import TargetMap, find_targets
 from metatt_scale.recipe import AdapterRecipe
@@ -75,36 +74,8 @@ def inject(model: PreTrainedModel, recipe: AdapterRecipe, seed: int, n_tasks: in
         )
     adapter = ChainAdapter(spec, cores, recipe.alpha, target_map, compute_dtype(model))
     adapter.reference = recipe.operator == "reference"
-    attach(model, adapter)
+    adapter.attach(model)
     return adapter
-
-
-def attach(model: PreTrainedModel, adapter: ChainAdapter) -> None:
-    """Put the adapter's linears in the place of the model's, and fold the chain before every forward."""
-    model.requires_grad_(False)
-    linears = []
-    for target in adapter.targets:
-        parent_path, _, name = target.path.rpartition(".")
-        parent, base = model.get_submodule(parent_path), model.get_submodule(target.path)
-        if isinstance(base, AdaptedLinear):
-            raise ValueError(f"{target.path} is adapted already; load the backbone anew for a second adapter")
-        adapted = AdaptedLinear(base, adapter)
-        adapted.train(base.training)
-        setattr(parent, name, adapted)
-        linears.append(adapted)
-    adapter.linears = tuple(linears)
-    adapter.room = _weight_bytes(model) // ROOM
-    adapter.to(next(model.parameters()).device)
-    model.register_forward_pre_hook(lambda *_: adapter.fold())
-    model.register_forward_hook(lambda *_: adapter.forget_input())
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the whole model's weights, also where an engine has cut them.
-
-    What follows from it must not depend on the engine or the number of ranks: the order of the products changes bits.
-    """
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -1,59 +1,32 @@
-"""The chain as exact LoRA factors, one pair per module.
+"""An adapter's exact LoRA factors (`Adapter.lora_pairs`) in the files of PEFT.
 
     lora_A = (A C)^T  (r x d_in)        lora_B = B^T  (d_out x r)        scaling alpha
 
-With A = G1, C = G2[l] G3[m], B = G4 each slice of the chain has rank at most r, the bond left of B: the LoRA
-form is the same matrix, not an approximation, and everything that serves LoRA serves the adapter.
+Of a chain, with A = G1, C = G2[l] G3[m], B = G4, each slice has rank at most r, the bond left of B: the LoRA form is
+the same matrix, not an approximation, and everything that serves LoRA serves the adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from metatt_scale.adapter.chain import ChainAdapter
-from metatt_scale.adapter.folding import factors_at
-from metatt_scale.adapter.modes import factors
+from metatt_scale.adapter.base import Adapter
 
 
-class LoraPair(NamedTuple):
-    """LoRA factors of one module; the delta of the weight is scaling * lora_B @ lora_A."""
-
-    path: str
-    lora_A: Tensor
-    lora_B: Tensor
-
-
-@torch.no_grad()
-def lora_pairs(adapter: ChainAdapter) -> list[LoraPair]:
-    """Return the exact LoRA factors of every adapted module, in the cores' dtype, alpha left out.
-
-    Raises:
-        ValueError: the chain has a core for tasks, and none is chosen.
-    """
-    pairs = []
-    unscaled = factors(adapter.spec, [core.detach() for core in adapter.cores], task=adapter.one_task())
-    for target in adapter.targets:
-        a_IP, c_PQ, b_QO = factors_at(unscaled, target)
-        lora_A = (a_IP @ c_PQ).mT.contiguous()
-        pairs.append(LoraPair(target.path, lora_A, b_QO.mT.clone(memory_format=torch.contiguous_format)))
-    return pairs
-
-
-def peft_config(adapter: ChainAdapter, base_model: str, head: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def peft_config(adapter: Adapter, base_model: str, head: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """Return PEFT's adapter_config.json for these factors (lora_alpha = alpha r, since PEFT divides by r).
 
     Args:
-        adapter: the chain.
+        adapter: one that has a LoRA form.
         base_model: where PEFT's users find the backbone.
         head: tensors of a classifier's head by name, whose modules PEFT replaces by those of the folder.
     """
     # PEFT has no task type for masked language models, and its wrapper for causal ones fails on them.
     causal = not adapter.targets[0].path.startswith(("bert.", "roberta."))
-    rank = adapter.spec.lora_rank
+    rank = adapter.lora_pairs()[0].lora_A.shape[0]
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM" if causal else None,
@@ -76,10 +49,10 @@ def _head_module(name: str) -> str:
     return before + "pooler" if pooler else name.partition(".")[0]
 
 
-def peft_state(adapter: ChainAdapter, head: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def peft_state(adapter: Adapter, head: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the tensors of PEFT's adapter_model.safetensors, those of a classifier's head among them."""
     state = {f"base_model.model.{name}": value for name, value in (head or {}).items()}
-    for path, lora_A, lora_B in lora_pairs(adapter):
+    for path, lora_A, lora_B in adapter.lora_pairs():
         state[f"base_model.model.{path}.lora_A.weight"] = lora_A
         state[f"base_model.model.{path}.lora_B.weight"] = lora_B
     return state

@@ -1,4 +1,4 @@
-"""Folding the chain into plain weights, and taking it out again.
+"""Folding an adapter into plain weights, and taking it out again.
 
 The frozen layer is kept untouched beside the merged one, so unmerging gives back the same bits.
 """
@@ -11,35 +11,30 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from metatt_scale.adapter import operator
-from metatt_scale.adapter.chain import ChainAdapter
-from metatt_scale.adapter.folding import factors_at
-from metatt_scale.adapter.modes import factors
+from metatt_scale.adapter.base import Adapter
 
 
 @torch.no_grad()
-def merge(adapter: ChainAdapter) -> None:
-    """Let every adapted linear compute with W + alpha G1 G2[l] G3[m] G4 in one product.
+def merge(adapter: Adapter) -> None:
+    """Let every adapted linear compute with W + delta (of a chain alpha G1 G2[l] G3[m] G4) in one product.
 
     A 4- or 8-bit layer is merged as a plain linear on its dequantised weight. Nothing changes if any merged
     weight is not finite.
 
     Raises:
-        ValueError: a merged weight holds NaN or infinity (the message names the module); or there are several tasks
-            and none is chosen.
+        ValueError: a merged weight holds NaN or infinity (the message names the module); or the adapter is no
+            change of weights, or differs between tasks and none is chosen.
     """
     merged = []
-    all_factors = factors(adapter.spec, list(adapter.cores), adapter.alpha, adapter.one_task())
-    for linear, target in zip(adapter.linears, adapter.targets, strict=True):
+    for linear, target, delta_IO in zip(adapter.linears, adapter.targets, adapter.deltas(), strict=True):
         plain = plain_linear(linear.base_layer, adapter.compute_dtype)
-        delta_IO = operator.delta(*factors_at(all_factors, target))
         delta = delta_IO if isinstance(plain, Conv1D) else delta_IO.mT  # Conv1D stores input x output
         # One rounding, of the sum: the delta alone in bf16 would lose its small entries.
         weight = (plain.weight.to(delta.dtype) + delta.to(plain.weight.device)).to(plain.weight.dtype)
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"merging {target.path} gives weights that are not finite; nothing was merged (check the adapter's "
-                "cores, or merge in a wider dtype)"
+                "parameters, or merge in a wider dtype)"
             )
         plain.weight = nn.Parameter(weight, requires_grad=False)
         merged.append(plain)
@@ -47,8 +42,8 @@ def merge(adapter: ChainAdapter) -> None:
         linear.merged_layer = plain
 
 
-def unmerge(adapter: ChainAdapter) -> None:
-    """Go back to the frozen layers (bit for bit) with the chain beside them."""
+def unmerge(adapter: Adapter) -> None:
+    """Go back to the frozen layers (bit for bit) with the adapter beside them."""
     for linear in adapter.linears:
         linear.merged_layer = None
 

@@ -1,5 +1,5 @@
-"""The adapter on disk: `metatt.json` (what it is), `metatt.safetensors` (its cores) and, of a classifier,
-`head.safetensors` (the frozen head it was trained under).
+"""The adapter on disk: `metatt.json` (what it is), `metatt.safetensors` (its tensors, of a chain the cores)
+and, of a classifier whose head is frozen, `head.safetensors` (the head it was trained under).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter.base import Adapter
 from metatt_scale.adapter.chain import ChainAdapter
-from metatt_scale.adapter.inject import attach, compute_dtype
+from metatt_scale.adapter.inject import compute_dtype
 from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order
 from metatt_scale.adapter.targets import Target, TargetMap, is_linear, widths
 from metatt_scale.files import save_tensors, sha256, write_json
@@ -37,14 +37,16 @@ def save_adapter(
         folder: where to.
         adapter: what was trained.
         about: base model, recipe and the like.
-        head: parameters of the model, by name, that its files lack: a classifier's head.
+        head: parameters of the model, by name, that its files lack: a classifier's head, where it is frozen.
     """
     tensors = {name: value.cpu().contiguous() for name, value in adapter.tensors().items()}
     save_tensors(folder / WEIGHTS, tensors)
     description = {
         "format": _FORMAT,
         **adapter.describe(),
+        "summary": adapter.summary(),
         "trainable_parameters": adapter.n_trained,
+        "head_parameters": adapter.n_head,
         "layers": adapter.target_map.layers,
         "projections": adapter.target_map.projections,
         "targets": [asdict(target) for target in adapter.targets],
@@ -104,19 +106,49 @@ def read_adapter(folder: Path) -> ChainAdapter:
 
 
 def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
-    """Attach a saved adapter to a freshly loaded backbone, and give that the head it was trained under.
+    """Attach a saved chain to a freshly loaded backbone, and give that the head it was trained under.
 
     Raises:
         ValueError: damaged files, or a model whose modules do not fit the adapter's targets or its head.
     """
     adapter = read_adapter(folder)
-    _check_fit(model, adapter.target_map, folder)
+    check_fit(model, adapter.target_map, folder)
+    put_head(model, folder)
+    adapter.compute_dtype = compute_dtype(model)
+    adapter.attach(model)
+    return adapter
+
+
+def fill(adapter: Adapter, folder: Path) -> None:
+    """Give an adapter that was made anew the values of a saved one.
+
+    Raises:
+        ValueError: a tensor is missing, or of another shape.
+    """
+    try:
+        values = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
+    wanted = adapter.shapes()
+    found = {name: tuple(value.shape) for name, value in values.items()}
+    if found != wanted:
+        name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+        raise ValueError(
+            f"{folder}: {WEIGHTS} holds {name} of shape {found.get(name, 'nothing')}, but the recipe in {CONFIG} "
+            f"makes {wanted.get(name, 'nothing')}; the files do not belong together, take the adapter from a backup"
+        )
+    adapter.set_values(values)
+
+
+def put_head(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the frozen head that a saved adapter was trained under, if it was.
+
+    Raises:
+        ValueError: a damaged file, or a model without such a head.
+    """
     head = read_head(folder)
     if head is not None:
         _put_head(model, head, folder)
-    adapter.compute_dtype = compute_dtype(model)
-    attach(model, adapter)
-    return adapter
 
 
 def read_head(folder: Path) -> dict[str, Tensor] | None:
@@ -154,11 +186,7 @@ def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]
     if not any(sorted(modes) == sorted(known) for known in KINDS.values()):
         raise ValueError(f"modes {modes} are those of no chain")
     check_order(modes, next(kind for kind, known in KINDS.items() if sorted(modes) == sorted(known)))
-    target_map = TargetMap(
-        targets=tuple(Target(**target) for target in description["targets"]),
-        layers=tuple(description["layers"]),
-        projections=tuple(description["projections"]),
-    )
+    target_map = _target_map(description)
     size = dict(zip(spec.modes, spec.sizes, strict=True))
     layers = size["site"] // projections if "site" in size else size["layer"]
     widest = size["output"] * size.get("head", 1)
@@ -174,7 +202,33 @@ def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]
     return spec, target_map, alpha
 
 
-def _check_fit(model: nn.Module, target_map: TargetMap, folder: Path) -> None:
+def read_targets(folder: Path) -> TargetMap:
+    """Return which modules a saved adapter stands behind.
+
+    Raises:
+        ValueError: damaged files.
+    """
+    description = read_description(folder)
+    try:
+        return _target_map(description)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
+
+
+def _target_map(description: Mapping[str, Any]) -> TargetMap:
+    return TargetMap(
+        targets=tuple(Target(**target) for target in description["targets"]),
+        layers=tuple(description["layers"]),
+        projections=tuple(description["projections"]),
+    )
+
+
+def check_fit(model: nn.Module, target_map: TargetMap, folder: Path) -> None:
+    """Refuse a model that has not all targets of a saved adapter.
+
+    Raises:
+        ValueError: names the module, and what it is in this model.
+    """
     modules = dict(model.named_modules())
     for target in target_map.targets:
         module = modules.get(str(target.path))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatt_scale.adapter import ChainAdapter, ChainSpec, Target, TargetMap, attach
+from metatt_scale.adapter import ChainAdapter, ChainSpec, Target, TargetMap
 from metatt_scale.adapter.modes import KINDS
 from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.report import Report, describe_machine, ratio_cells
@@ -133,7 +133,7 @@ def build_step(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[Ca
     y_ND, dy_ND = torch.zeros_like(x_ND), torch.ones_like(x_ND)
     model = _Modules(size, y_ND)
     adapter = ChainAdapter(spec, cores, 1.0, target_map, dtype)
-    attach(model, adapter)  # type: ignore[arg-type]
+    adapter.attach(model)  # type: ignore[arg-type]
     adapter.rows_per_step = size.rows
     adapter.room = 1 << 62  # there is no backbone that would set the limit
 

@@ -19,6 +19,11 @@ def check_engine(launch: Launch, recipe: Recipe, *, size: int, local_size: int, 
     """
     if launch.strategy == "replicate":
         return
+    if recipe.adapter.kind == "full":
+        raise RecipeError(
+            f"adapter.kind is full, but the backbone would be sharded by {launch.strategy}, which holds a frozen "
+            "one; set parallel.backbone: replicate and start with torchrun, or train an adapter"
+        )
     check_shardable(recipe.backbone)
     if launch.strategy == "zero3":
         if recipe.classifier is not None:

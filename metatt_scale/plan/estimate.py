@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from metatt_scale.backbone import load_skeleton
 from metatt_scale.parallel import with_fitting_shards
 from metatt_scale.plan import GPUS_PER_NODE
+from metatt_scale.plan.counts import counts
 from metatt_scale.plan.layout import Layout, assumption, lay_out
 from metatt_scale.plan.peak import GIB, MemoryBytes, largest_micro_batch, memory_bytes
 from metatt_scale.plan.shape import ModelShape, read_shape
 from metatt_scale.plan.timing import Hardware, known_hardware, step_time
 from metatt_scale.plan.wire import backbone_gathers, chain_buffer, lora_buffer, ring_all_reduce
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import INNER_BONDS, Recipe
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Worlds of the scaling table."""
@@ -36,14 +38,20 @@ _ONE_GPU = Machine()
 def plan(recipe: Recipe, machine: Machine = _ONE_GPU) -> dict[str, Any]:
     """Return what a recipe trains and what that takes; bytes are of one rank, times are estimates in seconds.
 
+    The estimates are for chains. Of other kinds of adapters the counts are all there is.
+
     Raises:
         ValueError: no configuration for the backbone, targets that match nothing, or a layout that cannot be.
     """
-    shape = read_shape(recipe)
+    model = load_skeleton(recipe.backbone, recipe.head_outputs)
+    exact = counts(recipe, model)
+    if recipe.adapter.kind not in INNER_BONDS:
+        return exact
+    shape = read_shape(recipe, model)
     layout = lay_out(recipe, machine.nodes * machine.gpus_per_node, machine.gpus_per_node, machine.answers)
     nodes_of = machine.gpus_per_node if machine.gpus_per_node > 1 else GPUS_PER_NODE
     return {
-        **_counts(recipe, shape),
+        **exact,
         "assumption": assumption(recipe),
         "layout": _layout(recipe, shape, layout),
         "memory": _memory(recipe, shape, layout, machine.hardware),
@@ -51,23 +59,6 @@ def plan(recipe: Recipe, machine: Machine = _ONE_GPU) -> dict[str, Any]:
         "hardware": asdict(machine.hardware),
         "scaling_gpus_per_node": nodes_of,
         "scaling": [_row(recipe, shape, ranks, replace(machine, gpus_per_node=nodes_of)) for ranks in RANKS],
-    }
-
-
-def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
-    """Return the exact counts, in values; `trainable_parameters` is what AdamW updates."""
-    spec, targets = shape.spec, shape.target_map
-    return {
-        "trainable_parameters": spec.n_parameters,
-        "adapter": recipe.adapter.kind,
-        "modes": list(spec.modes),
-        "sizes": list(spec.sizes),
-        "ranks": list(spec.ranks),
-        "adapted_modules": len(targets.targets),
-        "projections": list(targets.projections),
-        "backbone_parameters": shape.parameters,
-        "head_parameters": shape.head_parameters,
-        "lora_parameters": {str(rank): targets.lora_parameters(rank) for rank in (8, 16)},
     }
 
 

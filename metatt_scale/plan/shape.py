@@ -84,14 +84,18 @@ class ModelShape:
     spec: ChainSpec
 
 
-def read_shape(recipe: Recipe) -> ModelShape:
+def read_shape(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelShape:
     """Return the sizes of a recipe's model and chain; no weights, no GPU, no download where a configuration ships.
+
+    Args:
+        recipe: of a language model with a chain.
+        model: its module tree, where that is there already.
 
     Raises:
         ValueError: no configuration for the backbone, or targets that match nothing.
     """
     labels = recipe.head_outputs
-    model = load_skeleton(recipe.backbone, labels)
+    model = model or load_skeleton(recipe.backbone, labels)
     target_map = find_targets(model, recipe.adapter.target_modules, recipe.adapter.layers)
     spec = chain_spec(recipe.adapter, target_map, head_dim_of(model), len(recipe.tasks))
     config = model.config.get_text_config()

@@ -40,6 +40,9 @@ def seconds(value: float) -> str:
 
 def plan_table(numbers: dict[str, Any], recipe: Recipe) -> Group:
     """Return the sections of a plan: counts, memory of one rank, bytes on the wire, scaling."""
+    if "memory" not in numbers:
+        why = "memory, wire and time are estimated for tensor trains only"
+        return Group(_counts(numbers, recipe), Text(why, style="yellow"))
     said = [Text(numbers["assumption"], style="yellow")] if numbers["assumption"] else []
     return Group(*said, _counts(numbers, recipe), _memory(numbers), _wire(numbers), _scaling(numbers))
 
@@ -55,10 +58,16 @@ def _section(title: str, *columns: str) -> Table:
 
 def _counts(numbers: dict[str, Any], recipe: Recipe) -> Table:
     table = _section("trained")
-    chain = " x ".join(f"{mode} {n}" for mode, n in zip(numbers["modes"], numbers["sizes"], strict=True))
-    ranks = ", ".join(map(str, numbers["ranks"]))
-    table.add_row("trainable parameters", f"{numbers['trainable_parameters']:,}", f"{numbers['adapter']}: {chain}")
-    table.add_row("ranks of the bonds", "", f"{ranks} at the start (all figures here)" if recipe.sweep else ranks)
+    is_chain = "modes" in numbers
+    form = (
+        " x ".join(f"{mode} {n}" for mode, n in zip(numbers["modes"], numbers["sizes"], strict=True))
+        if is_chain
+        else numbers["summary"]
+    )
+    table.add_row("trainable parameters", f"{numbers['trainable_parameters']:,}", f"{numbers['adapter']}: {form}")
+    if is_chain:
+        ranks = ", ".join(map(str, numbers["ranks"]))
+        table.add_row("ranks of the bonds", "", f"{ranks} at the start (all figures here)" if recipe.sweep else ranks)
     if recipe.sweep:
         table.add_row("sweeps", "", _sweeps(recipe.sweep))
     modules = f"{', '.join(name.split('*.')[-1] for name in numbers['projections'])}"
@@ -67,11 +76,12 @@ def _counts(numbers: dict[str, Any], recipe: Recipe) -> Table:
         table.add_row(f"LoRA r={rank} instead", f"{count:,}", "")
     table.add_row("backbone parameters", f"{numbers['backbone_parameters']:,}", recipe.backbone.path)
     if recipe.classifier:
+        start = "trained" if recipe.classifier.head == "trained" else "frozen at a random start"
         kind = ", ".join(
             f"{f'{name}: ' if name else ''}{'one number' if of.is_regression else f'{of.labels} classes'}"
             for name, of in recipe.label_sets.items()
         )
-        table.add_row("head parameters", f"{numbers['head_parameters']:,}", f"frozen at a random start, {kind}")
+        table.add_row("head parameters", f"{numbers['head_parameters']:,}", f"{start}, {kind}")
     return table
 
 

@@ -1,5 +1,6 @@
 """What the user asks for: schema, YAML, overrides, errors. Imports no torch."""
 
+from metatt_scale.recipe.adapter import INNER_BONDS
 from metatt_scale.recipe.load import RecipeError, check, dump_recipe, load_recipe, read_mapping, validate
 from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, DataSource, Labels, TaskRecipe
 from metatt_scale.recipe.schema import (
@@ -10,11 +11,13 @@ from metatt_scale.recipe.schema import (
     ParallelRecipe,
     Recipe,
     TrainingRecipe,
+    only_chains,
     only_language_models,
 )
 from metatt_scale.recipe.sweep import SweepRecipe
 
 __all__ = [
+    "INNER_BONDS",
     "AdapterRecipe",
     "BackboneRecipe",
     "ClassifierRecipe",
@@ -32,6 +35,7 @@ __all__ = [
     "check",
     "dump_recipe",
     "load_recipe",
+    "only_chains",
     "only_language_models",
     "read_mapping",
     "validate",

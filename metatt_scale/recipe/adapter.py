@@ -13,19 +13,72 @@ INNER_BONDS = {"metatt_4d": 3, "metatt_5d": 4, "metatt_4p1d": 4, "metatt_5p1d": 
 """Kinds that are one tensor train, with the number of their inner bonds."""
 DIAGONAL = ("lorta",)
 """Kinds whose middle cores have diagonal slices: all their bonds have one rank, and no sweep can cut it."""
+_LORA_LIKE = {"rank", "alpha", "target_modules", "layers"}
+_READ_BY = {
+    **dict.fromkeys(INNER_BONDS, _LORA_LIKE | {"mode_order", "init", "init_std", "operator", "allow_nonzero_start"}),
+    "mtl_lora": _LORA_LIKE | {"mtl_lora"},
+    "moe_lora": _LORA_LIKE | {"moe_lora"},
+    "loretta_rep": _LORA_LIKE | {"loretta"},
+    "loretta_adp": {"alpha", "layers", "loretta"},
+    "head_only": set[str](),
+    "full": set[str](),
+}
+"""Keys of the section that each kind reads; the others have to be left out."""
+
+
+class MtlLoraRecipe(Section):
+    """What only MTL-LoRA has (Yang et al. 2025)."""
+
+    up_projections: int = Field(default=3, ge=1, le=64)
+    """n: up-projections that the tasks share and weigh."""
+    temperature: float = Field(default=0.5, gt=0, le=100)
+    """tau: a task weighs the up-projections by softmax(w / tau)."""
+
+
+class MoeLoraRecipe(Section):
+    """What only MoE-LoRA has (Liu et al. 2024)."""
+
+    experts: int = Field(default=4, ge=1, le=64)
+    """N: pairs of matrices of rank `adapter.rank` / N each."""
+    task_width: int = Field(default=64, ge=1, le=4096)
+    """Width of a task's embedding, from which the gate of the experts is computed."""
+
+
+class LorettaRecipe(Section):
+    """What only LoRETTA has (Yang et al. 2024)."""
+
+    tensor_rank: int = Field(default=5, ge=1, le=1024)
+    """TT-rank of every inner bond of the folded matrices."""
+    bottleneck: int = Field(default=64, ge=1, le=8192)
+    """Inner width of the bottlenecks of `loretta_adp`."""
 
 
 class AdapterRecipe(Section):
-    """The tensor train shared by all layers and projections."""
+    """What trains: a tensor train shared by all layers and projections, or what it is compared with."""
 
-    kind: Literal["metatt_4d", "metatt_5d", "metatt_4p1d", "metatt_5p1d", "lotr", "lorta"] = "metatt_4d"
+    kind: Literal[
+        "metatt_4d",
+        "metatt_5d",
+        "metatt_4p1d",
+        "metatt_5p1d",
+        "lotr",
+        "lorta",
+        "mtl_lora",
+        "moe_lora",
+        "loretta_adp",
+        "loretta_rep",
+        "head_only",
+        "full",
+    ] = "metatt_4d"
     """`metatt_4d`: modes (input, layer, projection, output). `metatt_5d`: the output is split into (head, head
     width). `metatt_4p1d`, `metatt_5p1d`: the same with a core for `tasks` after that for layers (paper eq. 6).
-    `lotr`: (input, layer x projection, output). `lorta`: the CP form of 5D, diagonal slices."""
+    `lotr`: (input, layer x projection, output). `lorta`: the CP form of 5D, diagonal slices. `mtl_lora`, `moe_lora`:
+    LoRA whose parts tasks share. `loretta_adp`: bottlenecks of tensor trains behind attention and MLP. `loretta_rep`:
+    LoRA of tensor trains. `head_only`: the classifier's head alone. `full`: every weight, in fp32."""
     rank: int | tuple[int, ...] = 16
-    """TT-rank of every inner bond, or one rank per inner bond from left to right."""
+    """TT-rank of every inner bond, or one rank per inner bond from left to right; of LoRA-like kinds, the rank."""
     alpha: float = Field(default=2.0, gt=0, le=1e4)
-    """Scale of the adapter: y = x W^T + alpha x G1 G2[l] G3[m] G4 (paper eq. 5)."""
+    """Scale of the adapter: y = x W^T + alpha x G1 G2[l] G3[m] G4 (paper eq. 5). No kind divides it by the rank."""
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     """Names of linear modules (matched at the end of the module path), or one regular expression that matches
     whole module paths."""
@@ -44,15 +97,25 @@ class AdapterRecipe(Section):
     allow_nonzero_start: bool = False
     """Accept an initialisation whose chain is not zero, so that training does not start at the frozen model."""
 
+    mtl_lora: MtlLoraRecipe = MtlLoraRecipe()
+    moe_lora: MoeLoraRecipe = MoeLoraRecipe()
+    loretta: LorettaRecipe = LorettaRecipe()
+
     @model_validator(mode="after")
     def _check(self) -> AdapterRecipe:
-        n_modes = INNER_BONDS[self.kind] + 1
+        self._check_keys()
         if self.kind in DIAGONAL and not isinstance(self.rank, int):
             raise ValueError(
                 f"`rank` is {list(self.rank)}, but {self.kind} has one rank for all bonds; give one number"
             )
         check_ranks(self.rank, self.kind)
+        if self.kind == "moe_lora" and isinstance(self.rank, int) and self.rank % self.moe_lora.experts:
+            raise ValueError(
+                f"`rank` is {self.rank}, which {self.moe_lora.experts} experts cannot share equally; give a multiple "
+                "of `moe_lora.experts`"
+            )
         if self.init is not None:
+            n_modes = INNER_BONDS[self.kind] + 1
             pairs = self.init.split("-")
             if len(pairs) != n_modes or not set(pairs) <= {"ze", "id", "no"}:
                 raise ValueError(
@@ -67,6 +130,16 @@ class AdapterRecipe(Section):
             )
         return self
 
+    def _check_keys(self) -> None:
+        """Refuse what this kind does not read; a value that is the default may stand."""
+        given = self.model_dump(exclude_defaults=True)
+        for name in given:
+            if name != "kind" and name not in _READ_BY[self.kind]:
+                value = getattr(self, name)
+                shown = f"`{name}` is {value!r}" if not isinstance(value, Section) else f"`{name}` is given"
+                readers = ", ".join(kind for kind, keys in _READ_BY.items() if name in keys)
+                raise ValueError(f"{shown}, which {self.kind} does not read; leave it out (it is for {readers})")
+
 
 def check_ranks(rank: Rank, kind: str | None = None, key: str = "rank") -> None:
     """Refuse ranks out of range, and where the kind of chain is known, too few or too many.
@@ -77,7 +150,10 @@ def check_ranks(rank: Rank, kind: str | None = None, key: str = "rank") -> None:
     each = rank if isinstance(rank, tuple) else (rank,)
     if not each or min(each) < 1 or max(each) > 8192:
         raise ValueError(f"`{key}` must be at least 1 and at most 8192; give one number, or one per inner bond")
-    if kind is not None and isinstance(rank, tuple) and len(rank) != (bonds := INNER_BONDS[kind]):
+    if kind is not None and kind not in INNER_BONDS:
+        if isinstance(rank, tuple):
+            raise ValueError(f"`{key}` is {list(rank)}, but {kind} has one rank; give one number")
+    elif kind is not None and isinstance(rank, tuple) and len(rank) != (bonds := INNER_BONDS[kind]):
         raise ValueError(
             f"`{key}` has {len(rank)} entries but {kind} has {bonds} inner bonds; give {bonds} ranks, or one number "
             "for all bonds"

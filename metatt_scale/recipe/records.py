@@ -64,6 +64,9 @@ class ClassifierRecipe(Labels):
     """Standard deviation of the head's random weights (what the files hold stays); the model's own, mostly 0.02, when
     absent. The head is frozen and what it reads is normalised, so this bounds every logit: too small, and nothing can
     be learnt."""
+    head: Literal["frozen", "trained"] = "frozen"
+    """Keep the head at its start, random numbers that follow from `seed` (paper), or train it: in fp32 beside the
+    adapter, on every rank."""
 
 
 class DataSource(_Section):

@@ -230,6 +230,12 @@ class Recipe(Section):
             )
         if self.sweep is not None:
             self._check_sweep(self.sweep)
+        if self.adapter.kind == "head_only" and (self.classifier is None or self.classifier.head == "frozen"):
+            raise ValueError(
+                "`adapter.kind` is head_only, but there is no head to train; set `classifier.head: trained`"
+            )
+        if self.adapter.kind == "full":
+            self._check_full()
         return self
 
     @property
@@ -243,6 +249,20 @@ class Recipe(Section):
     def head_outputs(self) -> int | None:
         """Outputs of a classifier's head, those of all tasks side by side; None of another model."""
         return sum(labels.labels or 0 for labels in self.label_sets.values()) or None
+
+    def _check_full(self) -> None:
+        backbone, parallel = self.backbone, self.parallel
+        if backbone.quantization != "none" or backbone.dtype != "float32":
+            raise ValueError(
+                f"`adapter.kind` is full, whose weights train in fp32, but `backbone.quantization` is "
+                f"{backbone.quantization} and `backbone.dtype` {backbone.dtype}; set them to none and float32, or "
+                "train an adapter"
+            )
+        if parallel.backbone in ("fsdp2", "zero3"):
+            raise ValueError(
+                f"`adapter.kind` is full, but `parallel.backbone` is {parallel.backbone}, which shards a frozen "
+                "backbone; set `parallel.backbone: replicate`, or train an adapter"
+            )
 
     def _check_sweep(self, sweep: SweepRecipe) -> None:
         if self.adapter.kind in DIAGONAL or self.adapter.kind not in INNER_BONDS:
@@ -270,6 +290,19 @@ class Recipe(Section):
                 f"`evaluation.tasks` is {list(self.evaluation.tasks)}, questions to a language model, but there is a "
                 "`classifier`; leave it out (a classifier is scored on the validation records)"
             )
+
+
+def only_chains(recipe: Recipe, command: str) -> None:
+    """Refuse a recipe of another adapter for what counts or times the cores of a chain.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if recipe.adapter.kind not in INNER_BONDS:
+        raise ValueError(
+            f"`{command}` is for {', '.join(INNER_BONDS)}, but `adapter.kind` is {recipe.adapter.kind}; give a "
+            "recipe of one of these"
+        )
 
 
 def only_language_models(recipe: Recipe, command: str) -> None:

@@ -95,7 +95,8 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
             if recipe.training.keep == "best" and trainer.best:
                 trainer.adapter.set_values(trainer.best)
             check_result(trainer.adapter, trainer.progress)
-            head = head_tensors(trainer.model) if recipe.classifier else None
+            frozen_head = recipe.classifier is not None and recipe.classifier.head == "frozen"
+            head = head_tensors(trainer.model) if frozen_head else None
             world.on_first(lambda: _write_adapter(folder / "adapter", trainer, head))
     console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
     return TrainedRun(model=trainer.model, tokenizer=tokenizer, adapter=trainer.adapter, folder=folder)
@@ -254,9 +255,13 @@ def _report_data(counts: dict[str, Any], console: Console) -> None:
 
 
 def _report_adapter(adapter: Adapter, console: Console) -> None:
-    console.print(
-        f"training {adapter.n_trained:,} parameters ({adapter.summary()}) behind {len(adapter.targets)} frozen "
-        f"linears; LoRA r=8 on the same would train {adapter.target_map.lora_parameters(8):,}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    """Say what trains; values of the head are counted apart, as a comparison of adapters leaves them out."""
+    own, targets = adapter.n_trained - adapter.n_head, adapter.targets
+    text = f"training {own:,} parameters ({adapter.summary()})"
+    if targets:
+        text += f" behind {len(targets)} frozen linears"
+    if adapter.n_head:
+        text += f" and {adapter.n_head:,} of the classifier's head"
+    if targets:
+        text += f"; LoRA r=8 on the same would train {adapter.target_map.lora_parameters(8):,}"
+    console.print(text, highlight=False, soft_wrap=True)

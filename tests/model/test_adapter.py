@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from metatt_scale.adapter import inject, lora_pairs, merge, unmerge
+from metatt_scale.adapter import inject, merge, unmerge
 from metatt_scale.backbone import enable_checkpointing
 from metatt_scale.recipe import AdapterRecipe
 from tests.tiny import FLOAT64, MODELS, randomise, tiny_model, tokens
@@ -236,7 +236,7 @@ def test_lora_form_is_exact(order):
     recipe = AdapterRecipe(rank=5, alpha=3.0, target_modules=("q_proj", "k_proj", "down_proj"), mode_order=order)
     adapter = inject(model, recipe, seed=0).double()
     randomise(adapter)
-    for target, pair in zip(adapter.targets, lora_pairs(adapter), strict=True):
+    for target, pair in zip(adapter.targets, adapter.lora_pairs(), strict=True):
         expected = dense_delta(adapter, target, list(adapter.cores)).mT
         assert pair.path == target.path and pair.lora_A.shape[0] == adapter.spec.lora_rank
         got = adapter.alpha * pair.lora_B @ pair.lora_A

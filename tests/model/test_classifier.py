@@ -302,8 +302,8 @@ def test_commands_for_language_models_say_so(tmp_path, capsys):
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
-        command = " ".join(arguments[::2]) if arguments[0] == "plan" else arguments[0]
-        assert f"`{command}` is for language models, but this recipe has a `classifier`; " in error
+        name = "plan --simulate" if arguments[0] == "plan" else arguments[0]
+        assert f"`{name}` is for language models, but this recipe has a `classifier`; " in error
         assert ("metrics.jsonl" in error) == (arguments[0] == "evaluate")
 
 

@@ -102,4 +102,7 @@ def test_the_command_exports_and_a_head_that_is_not_finite_is_refused(tmp_path, 
     about = {k: v for k, v in read_description(folder).items() if k not in ("head_sha256", "weights_sha256")}
     save_adapter(folder, run.adapter, about, head_tensors(run.model))
     assert main(["export", str(run.folder), "--to", "lora", "--replace"]) == 2
-    assert "base_model.model.classifier.weight is not finite; the adapter's cores or head" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "base_model.model.classifier.weight is not finite; the adapter's tensors or head" in error
+        "base_model.model.classifier.weight is not finite; the adapter's tensors or head" in capsys.readouterr().err
+    )

@@ -419,5 +419,5 @@ def test_factors_that_are_not_finite_are_not_exported(tmp_path):
     description = json.loads((folder / "metatt.json").read_text())
     description["weights_sha256"] = sha256(folder / "metatt.safetensors")
     (folder / "metatt.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"lora_A\.weight is not finite; the adapter's cores or head"):
+    with pytest.raises(ValueError, match=r"lora_A\.weight is not finite; the adapter's tensors or head"):
         export(run, "lora", QUIET)

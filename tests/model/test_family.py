@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from metatt_scale.adapter import inject, lora_pairs, merge
+from metatt_scale.adapter import inject, merge
 from metatt_scale.adapter.inject import chain_spec
 from metatt_scale.adapter.modes import factors
 from metatt_scale.adapter.targets import Target, TargetMap
@@ -206,7 +206,7 @@ def test_one_task_by_itself(kind):
         assert adapter.folds_into_b == folded
         assert (adapted(ids).logits - expected).norm() < FLOAT64 * expected.norm()
     deltas = of_task(adapter, [core.detach() for core in adapter.cores], 2)
-    for found, delta_IO, target in zip(lora_pairs(adapter), deltas, adapter.targets, strict=True):
+    for found, delta_IO, target in zip(adapter.lora_pairs(), deltas, adapter.targets, strict=True):
         wanted = delta_IO[: target.d_in, : target.d_out]
         assert ((found.lora_B @ found.lora_A).mT - wanted).norm() < FLOAT64 * wanted.norm()
     merge(adapter)
@@ -215,7 +215,7 @@ def test_one_task_by_itself(kind):
 
 def test_without_a_task_it_says_so():
     _, adapted, adapter = pair("metatt_4p1d", n_tasks=3)
-    for act in (lambda: adapted(tokens()), lambda: merge(adapter), lambda: lora_pairs(adapter)):
+    for act in (lambda: adapted(tokens()), lambda: merge(adapter), lambda: adapter.lora_pairs()):
         with pytest.raises(ValueError, match=r"several tasks.*--task"):
             act()
     with pytest.raises(ValueError, match="no `tasks`"):
