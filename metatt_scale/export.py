@@ -145,7 +145,7 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         "|---|---|",
         f"| base model | {description['base_model']} (quantization {recipe.backbone.quantization}) |",
         f"| adapter | {description.get('summary', description['kind'])}; alpha {description['alpha']} |",
-        f"| trained parameters | {description['trainable_parameters'] - in_head:,}{head} |",
+        f"| trained parameters | {description['trainable_parameters']:,}{head} |",
         *_label_lines(recipe, to),
         f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
         f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",

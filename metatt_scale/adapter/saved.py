@@ -45,7 +45,7 @@ def save_adapter(
         "format": _FORMAT,
         **adapter.describe(),
         "summary": adapter.summary(),
-        "trainable_parameters": adapter.n_trained,
+        "trainable_parameters": adapter.n_trained - adapter.n_head,
         "head_parameters": adapter.n_head,
         "layers": adapter.target_map.layers,
         "projections": adapter.target_map.projections,

@@ -48,7 +48,7 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
         "scores": scores,
         "seconds": round(seconds, 1),
         "trainable_parameters": description["trainable_parameters"],
-        "ranks": (_ranks(evaluations[-1]) if evaluations else None) or description["ranks"],
+        "ranks": (_ranks(evaluations[-1]) if evaluations else None) or description.get("ranks", []),  # of a chain
         **machine,
     }
 

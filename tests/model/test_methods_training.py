@@ -6,13 +6,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from metatt_scale.backbone import load_backbone
 from metatt_scale.export import export
 from metatt_scale.files import sha256
 from metatt_scale.recipe import validate
 from metatt_scale.reopen import reopen
+from metatt_scale.report.runs import read_runs
 from metatt_scale.training import loop, train
 from tests.tiny import FLOAT32
 from tests.toy import BERT, CPU, UNDROPPED, bits_of, metrics, quiet, toy_classifier, toy_recipe
@@ -142,6 +143,18 @@ def test_a_trained_head_learns_resumes_and_comes_back(tmp_path, monkeypatch, kin
     names = [f"head.{m}.{k}" for m in ("bert.pooler.dense", "classifier") for k in ("weight", "bias")]
     assert [name for name in saved if name.startswith("head.")] == sorted(names)
     assert run.adapter.n_head == 32 * 32 + 32 + 2 * 32 + 2
+    description = json.loads((run.folder / "adapter/metatt.json").read_text())
+    counted = (description["trainable_parameters"], description["head_parameters"])
+    assert counted == (run.adapter.n_trained - run.adapter.n_head, run.adapter.n_head)
+    card = (export(run.folder, "metatt", quiet()) / "README.md").read_text()
+    assert f"| trained parameters | {counted[0]:,} and {counted[1]:,} of the head |" in card
+    if kind != "loretta_adp":
+        folder = export(run.folder, "merged", quiet())
+        merged = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            expected = run.model(IDS).logits
+            assert (merged(IDS).logits - expected).norm() < FLOAT32 * expected.norm()
+    assert read_runs([run.folder])[0].parameters == counted[0]
     opened = reopen(run.folder, quiet())
     with torch.no_grad():
         assert torch.equal(opened.model(IDS).logits, run.model.eval()(IDS).logits)
