@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     generate.add_argument("--backbone-only", action="store_true", help="leave the adapter out")
+    _add_task(generate)
     generate.set_defaults(run=_generate)
 
     benchmark = commands.add_parser("benchmark", help="time and memory beside the frozen model and PEFT")
@@ -155,6 +156,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--data", help="folder of local task files; the hub when absent here and in the recipe")
     evaluate.add_argument("--limit", type=int, help="questions per task")
     evaluate.add_argument("--batch-size", type=int, help="sequences per forward")
+    _add_task(evaluate)
     evaluate.add_argument("--zero-shot", action="store_true", help="score the frozen backbone too, for comparison")
     evaluate.set_defaults(run=_evaluate)
 
@@ -170,6 +172,7 @@ def _add_export(commands: Any) -> None:
         default="original",
         help="weights that `merged` starts from when the backbone was quantised",
     )
+    _add_task(export)
     export.add_argument("--replace", action="store_true", help="overwrite an existing export")
     export.set_defaults(run=_export)
 
@@ -180,6 +183,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. training.max_steps=100"
     )
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", help="name of one of the run's `tasks`, where each has weights of its own")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -228,8 +235,9 @@ def _evaluate(options: Namespace) -> int:
     only_language_models(recipe, "evaluate")
     settings = _evaluation_settings(options, recipe.evaluation)
     console = _console()
+    backbone, task = _backbone(options), options.task
     scores = score_run(
-        options.run_or_adapter, settings, console, backbone=_backbone(options), zero_shot=options.zero_shot
+        options.run_or_adapter, settings, console, backbone=backbone, zero_shot=options.zero_shot, task=task
     )
     console.print(score_table(scores))
     return 0
@@ -260,6 +268,7 @@ def _export(options: Namespace) -> int:
         merge_base=options.merge_base,
         backbone=_backbone(options),
         replace=options.replace,
+        task=options.task,
     )
     return 0
 
@@ -272,11 +281,13 @@ def _plan(options: Namespace) -> int:
 def _generate(options: Namespace) -> int:
     _one_process("generate")
     from metatt_scale.evaluation.generate import generate
-    from metatt_scale.reopen import adapter_folder, read_recipe, reopen
+    from metatt_scale.reopen import adapter_folder, read_recipe, reopen, task_index
 
     only_language_models(read_recipe(adapter_folder(options.run_or_adapter))[1], "generate")
     opened = reopen(options.run_or_adapter, _console(stderr=True), _backbone(options))
     opened.adapter.enabled = not options.backbone_only
+    opened.adapter.task = task_index(opened.recipe, options.task)
+    opened.adapter.one_task()  # or says that one has to be chosen
     print(generate(opened.model, opened.tokenizer, options.prompt, options.max_new_tokens, options.temperature))
     return 0
 

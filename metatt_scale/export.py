@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter import HeadLinear, merge, peft_config, peft_state, plain_linear, read_head
@@ -24,7 +24,7 @@ from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
 from metatt_scale.methods import read_alone
 from metatt_scale.recipe import Recipe
-from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder
+from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder, task_index
 
 _MARKER = "metatt_export.json"
 FORMATS = ("lora", "merged", "metatt")
@@ -39,7 +39,7 @@ def export(
     merge_base: str = "original",
     backbone: Mapping[str, Any] | None = None,
     replace: bool = False,
-    task: int | None = None,
+    task: str | None = None,
 ) -> Path:
     """Write one export of a run or adapter folder and return its folder.
 
@@ -51,7 +51,7 @@ def export(
         merge_base: merge onto the `original` weights, or onto the `dequantised` 4- or 8-bit ones trained against.
         backbone: keys of the recipe's `backbone` section to replace, for example its `path` on this machine.
         replace: overwrite an existing export.
-        task: which task's weights, where the adapter tells tasks apart (`lora`, `merged`).
+        task: name of the task whose weights and labels are meant, where there are several (`lora`, `merged`).
 
     Raises:
         ValueError: unknown format, damaged adapter, or merged weights that are not finite.
@@ -66,17 +66,18 @@ def export(
     if target.exists() and not (target / _MARKER).is_file():
         raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
     description, recipe = read_recipe(source, backbone)
+    chosen = task_index(recipe, task)
     with new_folder(target, replace=replace) as temporary:
         if to == "metatt":
             for name in (CONFIG, WEIGHTS, *([HEAD] if "head_sha256" in description else [])):
                 shutil.copyfile(source / name, temporary / name)
         elif to == "lora":
-            _write_lora(source, recipe, temporary, task)
+            _write_lora(source, recipe, temporary, chosen)
         else:
             plain = {"quantization": "none"} if merge_base == "original" else {}
-            _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary, task)
+            _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary, chosen)
         write_json(temporary / _MARKER, {"format": to, "weights_sha256": description["weights_sha256"]})
-        write_text(temporary / "README.md", model_card(source, description, recipe, to, merge_base))
+        write_text(temporary / "README.md", model_card(source, description, recipe, to, merge_base, chosen))
     console.print(f"{to} export: {target}", highlight=False)
     return target
 
@@ -86,7 +87,7 @@ def _write_lora(source: Path, recipe: Recipe, folder: Path, task: int | None) ->
     adapter.task = task
     if adapter.head is not None:
         head = {name: value.detach() for name, value in adapter.head.named("").items()}
-    state = peft_state(adapter, head)
+    state = peft_state(adapter, head_of_task(head, recipe, task) if head else None)
     bad = next((name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())), None)
     if bad is not None:
         raise ValueError(f"{source}: {bad} is not finite; the adapter's tensors or head are damaged or overflow")
@@ -98,8 +99,40 @@ def _write_merged(opened: Reopened, folder: Path, task: int | None) -> None:
     opened.adapter.task = task
     merge(opened.adapter)
     make_plain(opened)
+    if opened.recipe.classifier is not None and task is not None:
+        _keep_labels(opened.model, opened.recipe, task)
     opened.model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
+
+
+def head_of_task(head: Mapping[str, Tensor], recipe: Recipe, task: int | None) -> dict[str, Tensor]:
+    """Return the tensors of a head, of its last linear only the rows of one task (all where none is given)."""
+    if task is None:
+        return dict(head)
+    widths = [labels.labels or 0 for labels in recipe.label_sets.values()]
+    first, width = sum(widths[:task]), widths[task]
+    last = _last_linear(head)
+    return {
+        name: value[first : first + width].clone() if name.rpartition(".")[0] == last else value
+        for name, value in head.items()
+    }
+
+
+def _last_linear(names: Iterable[str]) -> str:
+    """Return the path of the linear whose outputs are the labels: `classifier`, of RoBERTa `classifier.out_proj`."""
+    return "classifier.out_proj" if any(name.startswith("classifier.out_proj.") for name in names) else "classifier"
+
+
+def _keep_labels(model: PreTrainedModel, recipe: Recipe, task: int) -> None:
+    """Leave the labels of one task in a classifier's head."""
+    path = _last_linear(name for name, _ in model.named_parameters())
+    last = model.get_submodule(path)
+    assert isinstance(last, nn.Linear)
+    kept = head_of_task({f"{path}.{name}": value for name, value in last.named_parameters()}, recipe, task)
+    for name, value in kept.items():
+        setattr(last, name.rpartition(".")[2], nn.Parameter(value.detach(), requires_grad=False))
+    last.out_features = model.config.num_labels = last.weight.shape[0]
+    model.config.problem_type = "regression" if last.out_features == 1 else None
 
 
 def make_plain(opened: Reopened) -> None:
@@ -120,7 +153,9 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str) -> str:
+def model_card(
+    source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str, task: int | None = None
+) -> str:
     """Return the README of an export: base, recipe, data, counts and the scores on record."""
     kinds = {
         "lora": "the exact LoRA form of the adapter (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
@@ -146,7 +181,7 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         f"| base model | {description['base_model']} (quantization {recipe.backbone.quantization}) |",
         f"| adapter | {description.get('summary', description['kind'])}; alpha {description['alpha']} |",
         f"| trained parameters | {description['trainable_parameters']:,}{head} |",
-        *_label_lines(recipe, to),
+        *_label_lines(recipe, to, task),
         f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
         f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",
         f"| training | {description['step']} steps of {recipe.training.batch_size} examples, learning rate "
@@ -158,14 +193,16 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
     return "\n".join(lines) + "\n"
 
 
-def _label_lines(recipe: Recipe, to: str) -> list[str]:
+def _label_lines(recipe: Recipe, to: str, task: int | None) -> list[str]:
     if recipe.classifier is None:
         return []
     kind = "; ".join(
         f"{f'{name}: ' if name else ''}{'one number (regression)' if of.is_regression else f'{of.labels} classes'}"
-        for name, of in recipe.label_sets.items()
+        for index, (name, of) in enumerate(recipe.label_sets.items())
+        if task is None or index == task
     )
-    load = f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={recipe.head_outputs})"
+    outputs = list(recipe.label_sets.values())[task].labels if task is not None else recipe.head_outputs
+    load = f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={outputs})"
     onto = f"; load this folder on `{load}`" if to == "lora" else ""
     return [f"| labels | {kind}, by a head at its random start, which is in this folder{onto} |"]
 

@@ -90,12 +90,28 @@ def read_recipe(folder: Path, backbone: Mapping[str, Any] | None = None) -> tupl
     return description, validate(data, f"{folder}/metatt.json with {dict(backbone or {})}")
 
 
-def fingerprint(recipe: Recipe, adapter_sha256: str | None) -> str:
+def task_index(recipe: Recipe, name: str | None) -> int | None:
+    """Return the place of a task in the recipe's `tasks`; None where no name is given.
+
+    Raises:
+        ValueError: the recipe has no task of this name.
+    """
+    if name is None:
+        return None
+    if name not in recipe.tasks:
+        known = f"its tasks are {', '.join(recipe.tasks)}" if recipe.tasks else "it was trained without `tasks`"
+        raise ValueError(f"--task is {name}, which the run does not know; {known}")
+    return list(recipe.tasks).index(name)
+
+
+def fingerprint(recipe: Recipe, adapter_sha256: str | None, task: int | None = None) -> str:
     """Return a hash of everything that decides the outputs of a backbone, with or without an adapter."""
     decides: dict[str, Any] = {"backbone": recipe.backbone.model_dump(mode="json"), "seed": recipe.seed}
     for key in ("path", "gradient_checkpointing", "trust_remote_code"):
         decides["backbone"].pop(key)
     decides |= {"weights": identity(recipe.backbone), "adapter": adapter_sha256}
+    if task is not None:
+        decides["task"] = task
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

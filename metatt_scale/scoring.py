@@ -27,7 +27,7 @@ from metatt_scale.parallel import (
     with_fitting_shards,
 )
 from metatt_scale.recipe import EvaluationRecipe, ParallelRecipe, Recipe
-from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen
+from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, task_index
 
 ZERO_SHOT, FINE_TUNED = "zero_shot", "fine_tuned"
 
@@ -39,17 +39,20 @@ def score_run(
     *,
     backbone: Mapping[str, Any] | None = None,
     zero_shot: bool = False,
+    task: str | None = None,
 ) -> dict[str, dict[str, TaskScore]]:
     """Score a run directory or adapter folder; results.json in the run directory keeps every finished task.
 
-    Every rank of a job calls this. They share the questions; who holds the backbone is as in the run, unless the
-    launcher says otherwise.
+    `task` names one of the run's, where each has weights of its own. Every rank of a job calls this. They share the
+    questions; who holds the backbone is as in the run, unless the launcher says otherwise.
     """
     place, device = place_in_world(), pick_device()
     launch, recipe = _here(read_recipe(adapter_folder(path), backbone)[1], place, device)
     timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
     with join(device, timeout, group=launch.strategy != "replicate") as world:
+        chosen = task_index(recipe, task)
         opened = reopen(path, console, backbone, make_engine(world, launch, recipe))
+        opened.adapter.task = chosen
         return score_opened(opened, settings, zero_shot=zero_shot, world=world)
 
 
@@ -84,6 +87,7 @@ def score_opened(
     opened: Reopened, settings: EvaluationRecipe, *, zero_shot: bool = False, world: World | None = None
 ) -> dict[str, dict[str, TaskScore]]:
     """Score a model in memory: with the adapter switched off first if asked for, then with it."""
+    opened.adapter.one_task()  # or says that one has to be chosen
     results = opened.run / "results.json"
     score = functools.partial(evaluate, opened.model, opened.tokenizer, settings, results, world=world)
     scores: dict[str, dict[str, TaskScore]] = {}
@@ -91,6 +95,6 @@ def score_opened(
         with opened.adapter.disabled():
             key = fingerprint(opened.recipe, None)
             scores[ZERO_SHOT] = score(ZERO_SHOT, key)
-    key = fingerprint(opened.recipe, opened.description["weights_sha256"])
+    key = fingerprint(opened.recipe, opened.description["weights_sha256"], opened.adapter.task)
     scores[FINE_TUNED] = score(FINE_TUNED, key)
     return scores

@@ -23,7 +23,9 @@ from metatt_scale.training.loss import token_loss_sum
 
 FROZEN = "frozen"
 """Name of the floor."""
-CHAINS = {"metatt_4d": "MetaTT-4D", "metatt_5d": "MetaTT-5D"}
+CHAINS = {"metatt_4d": "MetaTT-4D", "metatt_5d": "MetaTT-5D", "metatt_4p1d": "MetaTT-(4+1)D"}
+TASKS = 3
+"""Of MetaTT-(4+1)D (paper, table 3)."""
 """Kinds of chains that are measured, at every rank asked for."""
 LORA_RANKS = (8, 16, 64)
 LORA_ALPHA = 16
@@ -128,8 +130,11 @@ def _frozen(name: str, model: PreTrainedModel, work: Work) -> Arm:
 def _chain(kind: str, rank: int) -> Build:
     def build(name: str, model: PreTrainedModel, work: Work) -> Arm:
         recipe = chain_recipe(work.recipe, kind, rank)
-        adapter = inject(model, recipe.adapter, recipe.seed)
+        adapter = inject(model, recipe.adapter, recipe.seed, TASKS)
         adapter.rows_per_step = work.batch.input_ids_BS.numel()
+        # Where the chain knows tasks, every batch mixes all of them.
+        tasks_B1 = torch.arange(len(work.batch.input_ids_BS))[:, None] % TASKS
+        adapter.row_tasks = tasks_B1.to(work.device)
 
         def step() -> None:
             token_loss_sum(model, work.batch, work.device).backward()

@@ -39,6 +39,7 @@ TRAINED = {
     "frozen": 0,
     "MetaTT-4D r=4": 2 * 32 * 4 + (3 + 2) * 4**2,
     "MetaTT-5D r=4": (32 + 8) * 4 + (3 + 2 + 4) * 4**2,
+    "MetaTT-(4+1)D r=4": 2 * 32 * 4 + (3 + 3 + 2) * 4**2,  # three tasks, mixed in every batch
     **{f"LoRA r={rank}": rank * (64 + 48) * 3 for rank in LORA_RANKS},
     "VeRA r=256": (2 * 256 + 32 + 16) * 3,
 }
