@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter import HeadLinear, merge, peft_config, peft_state, plain_linear, read_head
 from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
+from metatt_scale.backbone import last_linear
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
 from metatt_scale.methods import read_alone
@@ -61,10 +62,7 @@ def export(
         raise ValueError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
     source = adapter_folder(path)
     target = Path(out).expanduser() if out is not None else run_folder(source) / "exports" / to
-    if target.exists() and not replace:
-        raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
-    if target.exists() and not (target / _MARKER).is_file():
-        raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
+    _check_target(target, replace)
     description, recipe = read_recipe(source, backbone)
     chosen = task_index(recipe, task)
     with new_folder(target, replace=replace) as temporary:
@@ -80,6 +78,13 @@ def export(
         write_text(temporary / "README.md", model_card(source, description, recipe, to, merge_base, chosen))
     console.print(f"{to} export: {target}", highlight=False)
     return target
+
+
+def _check_target(target: Path, replace: bool) -> None:
+    if target.exists() and not replace:
+        raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
+    if target.exists() and not (target / _MARKER).is_file():
+        raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
 
 
 def _write_lora(source: Path, recipe: Recipe, folder: Path, task: int | None) -> None:
@@ -111,21 +116,16 @@ def head_of_task(head: Mapping[str, Tensor], recipe: Recipe, task: int | None) -
         return dict(head)
     widths = [labels.labels or 0 for labels in recipe.label_sets.values()]
     first, width = sum(widths[:task]), widths[task]
-    last = _last_linear(head)
+    last = last_linear(head)
     return {
         name: value[first : first + width].clone() if name.rpartition(".")[0] == last else value
         for name, value in head.items()
     }
 
 
-def _last_linear(names: Iterable[str]) -> str:
-    """Return the path of the linear whose outputs are the labels: `classifier`, of RoBERTa `classifier.out_proj`."""
-    return "classifier.out_proj" if any(name.startswith("classifier.out_proj.") for name in names) else "classifier"
-
-
 def _keep_labels(model: PreTrainedModel, recipe: Recipe, task: int) -> None:
     """Leave the labels of one task in a classifier's head."""
-    path = _last_linear(name for name, _ in model.named_parameters())
+    path = last_linear(name for name, _ in model.named_parameters())
     last = model.get_submodule(path)
     assert isinstance(last, nn.Linear)
     kept = head_of_task({f"{path}.{name}": value for name, value in last.named_parameters()}, recipe, task)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from metatt_scale.adapter import Adapter, read_description
+from metatt_scale.adapter import Adapter, adapter_folder, read_description
 from metatt_scale.backbone import Engine, identity, load_backbone, load_tokenizer, pick_device
 from metatt_scale.methods import reload_adapter
 from metatt_scale.recipe import Recipe, validate
@@ -53,22 +53,6 @@ class Reopened:
     def run(self) -> Path:
         """The run directory (the adapter folder itself where it stands alone)."""
         return run_folder(self.folder)
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """Return the adapter folder of a run directory, or the folder itself if it is one.
-
-    Raises:
-        ValueError: neither.
-    """
-    path = Path(path).expanduser()
-    for candidate in (path / "adapter", path):
-        if (candidate / "metatt.json").is_file():
-            return candidate
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give a run directory or an adapter folder")
-    unfinished = " (the run has checkpoints but has not finished)" if (path / "checkpoints").is_dir() else ""
-    raise ValueError(f"{path}: holds no adapter{unfinished}; give a finished run directory or an adapter folder")
 
 
 def run_folder(folder: Path) -> Path:

@@ -112,7 +112,8 @@ def said(console: Console) -> str:
 def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> Trainer:
     """The trainer that `train` would make, in any dtype (None: as the recipe says)."""
     tokenizer, classes = byte_tokenizer(), recipe.classifier.labels if recipe.classifier else None
-    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs)
+    head_std = recipe.classifier.init_std if recipe.classifier else None
+    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs, head_std=head_std)
     if dtype is not None:
         model = model.to(dtype)  # type: ignore[arg-type]
     adapter = build_adapter(model, recipe)

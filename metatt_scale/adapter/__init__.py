@@ -2,6 +2,7 @@
 
 from metatt_scale.adapter.base import Adapter, LoraPair
 from metatt_scale.adapter.chain import AdaptedLinear, ChainAdapter
+from metatt_scale.adapter.grow import grown_cores
 from metatt_scale.adapter.head import HeadLinear, train_head
 from metatt_scale.adapter.inject import chain_spec, compute_dtype, head_dim_of, inject
 from metatt_scale.adapter.linear import LinearAdapter
@@ -9,6 +10,7 @@ from metatt_scale.adapter.lora_form import peft_config, peft_state
 from metatt_scale.adapter.merge import merge, plain_linear, unmerge
 from metatt_scale.adapter.modes import ChainSpec, full_cores
 from metatt_scale.adapter.saved import (
+    adapter_folder,
     check_fit,
     fill,
     load_adapter,
@@ -32,12 +34,14 @@ __all__ = [
     "LoraPair",
     "Target",
     "TargetMap",
+    "adapter_folder",
     "chain_spec",
     "check_fit",
     "compute_dtype",
     "fill",
     "find_targets",
     "full_cores",
+    "grown_cores",
     "head_dim_of",
     "inject",
     "load_adapter",

@@ -59,6 +59,22 @@ def save_adapter(
     write_json(folder / CONFIG, description)
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Return the adapter folder of a run directory, or the folder itself if it is one.
+
+    Raises:
+        ValueError: neither.
+    """
+    path = Path(path).expanduser()
+    for candidate in (path / "adapter", path):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a run directory or an adapter folder")
+    unfinished = " (the run has checkpoints but has not finished)" if (path / "checkpoints").is_dir() else ""
+    raise ValueError(f"{path}: holds no adapter{unfinished}; give a finished run directory or an adapter folder")
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """Read `metatt.json` and check the hashes of the weights beside it.
 

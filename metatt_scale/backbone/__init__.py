@@ -1,7 +1,7 @@
 """The frozen model: where it comes from, how it is stored, how it computes."""
 
 from metatt_scale.backbone.attention import pick_attention
-from metatt_scale.backbone.head import head_tensors, in_head
+from metatt_scale.backbone.head import head_tensors, in_head, last_linear
 from metatt_scale.backbone.loading import (
     enable_checkpointing,
     load_backbone,
@@ -23,6 +23,7 @@ __all__ = [
     "head_tensors",
     "identity",
     "in_head",
+    "last_linear",
     "load_backbone",
     "load_skeleton",
     "load_tokenizer",

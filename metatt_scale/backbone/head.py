@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor
@@ -12,6 +13,11 @@ def in_head(model: PreTrainedModel, name: str) -> bool:
     """Return whether a parameter of this name belongs to the head."""
     prefix = model.base_model_prefix + "."
     return not name.startswith(prefix) or name.startswith(prefix + "pooler.")
+
+
+def last_linear(names: Iterable[str]) -> str:
+    """Return the path of the linear whose outputs are the labels: `classifier`, of RoBERTa `classifier.out_proj`."""
+    return "classifier.out_proj" if any(name.startswith("classifier.out_proj.") for name in names) else "classifier"
 
 
 def head_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter import (
     Adapter,
+    ChainAdapter,
     TargetMap,
     check_fit,
     compute_dtype,
@@ -24,6 +25,7 @@ from metatt_scale.adapter import (
     train_head,
 )
 from metatt_scale.backbone import head_tensors
+from metatt_scale.methods.going_on import go_on
 from metatt_scale.methods.loretta import LorettaAdp, LorettaRep, find_outputs
 from metatt_scale.methods.moe_lora import MoeLora
 from metatt_scale.methods.mtl_lora import MtlLora
@@ -66,6 +68,9 @@ def build_adapter(model: PreTrainedModel, recipe: Recipe) -> Adapter:
         adapter = make_alone(find(model, recipe.adapter), recipe, compute_dtype(model))
         adapter.attach(model)
     _train_head(model, recipe, adapter)
+    if recipe.adapter.start_from is not None:
+        assert isinstance(adapter, ChainAdapter), "the recipe refuses others"
+        go_on(model, recipe, adapter)
     return adapter
 
 

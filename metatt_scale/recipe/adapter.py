@@ -15,7 +15,9 @@ DIAGONAL = ("lorta",)
 """Kinds whose middle cores have diagonal slices: all their bonds have one rank, and no sweep can cut it."""
 _LORA_LIKE = {"rank", "alpha", "target_modules", "layers"}
 _READ_BY = {
-    **dict.fromkeys(INNER_BONDS, _LORA_LIKE | {"mode_order", "init", "init_std", "operator", "allow_nonzero_start"}),
+    **dict.fromkeys(
+        INNER_BONDS, _LORA_LIKE | {"mode_order", "init", "init_std", "operator", "allow_nonzero_start", "start_from"}
+    ),
     "mtl_lora": _LORA_LIKE | {"mtl_lora"},
     "moe_lora": _LORA_LIKE | {"moe_lora"},
     "loretta_rep": _LORA_LIKE | {"loretta"},
@@ -97,6 +99,9 @@ class AdapterRecipe(Section):
     allow_nonzero_start: bool = False
     """Accept an initialisation whose chain is not zero, so that training does not start at the frozen model."""
 
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run directory or adapter folder whose chain this run goes on with, in its own recipe: on the same tasks or more
+    (a new one starts from the mean of the slices there are), on the same targets and ranks."""
     mtl_lora: MtlLoraRecipe = MtlLoraRecipe()
     moe_lora: MoeLoraRecipe = MoeLoraRecipe()
     loretta: LorettaRecipe = LorettaRecipe()

@@ -66,6 +66,8 @@ class RunState:
     evaluations_without_gain: int = 0
     target_tokens: int = 0
     """Target tokens trained on (of a classifier: examples)."""
+    start_scores: dict[str, float] = field(default_factory=dict)
+    """Scores before the first step, of a run that goes on from another one."""
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     """Sweeps so far: step, and ranks after it."""
     finished: bool = False

@@ -23,6 +23,7 @@ from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
 from metatt_scale.training.checks import why_hopeless
+from metatt_scale.training.evaluations import forgetting, judge
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
 from metatt_scale.training.objective import evaluate_tasks, make_objective
 from metatt_scale.training.optimizer import Moments, apply, clip, install, learning_rate, make_optimizer, moments_of
@@ -67,6 +68,8 @@ class Trainer:
     folder: Path
     console: Console
     """Silent on all ranks but the first."""
+    tasks_before: tuple[str, ...] = ()
+    """Tasks of the run that this one goes on from."""
     progress: RunState = field(default_factory=RunState)
     best: dict[str, Tensor] = field(default_factory=dict)
     """The adapter's tensors at the lowest evaluation loss so far."""
@@ -108,6 +111,8 @@ class Trainer:
         metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step) if first else None
         trackers = Trackers(self.recipe) if first else None
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
+        if self.recipe.adapter.start_from and not self.progress.step and self.data.validation is not None:
+            self.progress.start_scores = {k: v for k, v in self.evaluate().items() if math.isfinite(v)}
         restore_signals = self.signals.catch()
         started, first_step = time.perf_counter(), self.progress.step
 
@@ -272,6 +277,8 @@ class Trainer:
             scores = self.evaluate()
             self._judge(scores)
             report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
+            if lost := forgetting(self.recipe, self.tasks_before, self.progress.start_scores, scores):
+                report["forgetting"] = lost
             if self.chain is not None:
                 report["spectra"] = spectra(full_cores(self.chain.spec, list(self.chain.cores)))
 
@@ -297,20 +304,12 @@ class Trainer:
 
     def _judge(self, scores: dict[str, float]) -> None:
         """Remember the best values, and stop early where the recipe says so."""
-        progress, training = self.progress, self.recipe.training
-        metric, patience = self.objective.headline, training.early_stopping_patience
-        by_metric = training.best_by == "metric"
-        if progress.improved(scores["eval_loss"], scores[metric] if by_metric else None):
+        improved, stopped = judge(self.progress, self.recipe.training, self.objective.headline, scores)
+        if improved:
             self.best = {name: value.clone() for name, value in self.adapter.tensors().items()}
-        elif patience is not None and progress.evaluations_without_gain >= patience:
-            progress.finished = True
-            left = sum(step > progress.step for step in self.sweeps.targets)
-            wanted = f"higher {metric}" if by_metric else "lower loss"
-            self.console.print(
-                f"stopped early after step {progress.step}: no {wanted} in {patience} evaluations"
-                + (f"; {left} sweeps were not made" if left else ""),
-                highlight=False,
-            )
+        if stopped is not None:
+            left = sum(step > self.progress.step for step in self.sweeps.targets)
+            self.console.print(stopped + (f"; {left} sweeps were not made" if left else ""), highlight=False)
 
     def evaluate(self) -> dict[str, float]:
         """Return the scores over the validation records, `eval_loss` (nats) first."""

@@ -26,7 +26,7 @@ from metatt_scale.backbone import (
 )
 from metatt_scale.data import PreparedData, prepare
 from metatt_scale.files import new_folder, write_text
-from metatt_scale.methods import build_adapter
+from metatt_scale.methods import build_adapter, known_tasks
 from metatt_scale.parallel import (
     Launch,
     Message,
@@ -143,6 +143,7 @@ def _assemble(
         data=data,
         inputs=inputs,
         pad_token_id=_pad_id(tokenizer),
+        tasks_before=known_tasks(recipe),
         world=world,
         folder=folder,
         console=console,

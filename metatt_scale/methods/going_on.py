@@ -1,0 +1,93 @@
+"""Sequential learning: the chain, and the head it was trained under, of another run as the start of this one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from metatt_scale.adapter import ChainAdapter, adapter_folder, grown_cores, read_adapter, read_description, read_head
+from metatt_scale.adapter.base import HEAD_PREFIX
+from metatt_scale.adapter.saved import WEIGHTS
+from metatt_scale.backbone import head_tensors, last_linear
+from metatt_scale.recipe import Recipe, validate
+
+
+def known_tasks(recipe: Recipe) -> tuple[str, ...]:
+    """Return the tasks of the run that a recipe goes on from; () where it goes on from none, or that had none."""
+    if recipe.adapter.start_from is None:
+        return ()
+    return tuple(_recipe_of(adapter_folder(recipe.adapter.start_from)).tasks)
+
+
+def go_on(model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter) -> None:
+    """Give a new chain, and a classifier's head, the values of `adapter.start_from`.
+
+    Raises:
+        ValueError: no such adapter, or one of another form.
+    """
+    assert recipe.adapter.start_from is not None
+    folder = adapter_folder(recipe.adapter.start_from)
+    old, before = read_adapter(folder), _recipe_of(folder)
+    try:
+        if old.targets != adapter.targets:
+            raise ValueError("it stands behind other modules; take its `adapter.target_modules` and backbone")
+        if old.alpha != adapter.alpha:
+            raise ValueError(f"its alpha is {old.alpha}, this recipe's {adapter.alpha}; take the same")
+        cores = grown_cores(old.spec, list(old.cores), list(before.tasks), adapter.spec, list(recipe.tasks))
+        adapter.set_cores([core.detach().to(place) for core, place in zip(cores, adapter.cores, strict=True)])
+        if recipe.classifier is not None:
+            _take_head(model, recipe, adapter, _head_of(folder), before)
+    except ValueError as error:
+        raise ValueError(f"adapter.start_from {recipe.adapter.start_from!r}: {error}") from None
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    return validate(read_description(folder)["recipe"], f"{folder}/metatt.json")
+
+
+def _head_of(folder: Path) -> dict[str, Tensor]:
+    trained = {
+        name.removeprefix(HEAD_PREFIX): value
+        for name, value in load_file(folder / WEIGHTS).items()
+        if name.startswith(HEAD_PREFIX)
+    }
+    head = trained or read_head(folder)
+    if head is None:
+        raise ValueError("it is no classifier's")
+    return head
+
+
+@torch.no_grad()
+def _take_head(
+    model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter, old: Mapping[str, Tensor], before: Recipe
+) -> None:
+    """Copy what the old head has for the tasks of both runs; a new task keeps the random start of its rows."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    own = head_tensors(model) if adapter.head is None else adapter.head.named("")
+    ours, theirs, last = _rows(recipe), _rows(before), last_linear(old)
+    for name, value in old.items():
+        place = parameters[name] if adapter.head is None else own[name]
+        if hasattr(place, "full_tensor") or hasattr(place, "ds_id"):
+            raise ValueError("a classifier goes on with parallel.backbone: replicate only")
+        if name.rpartition(".")[0] != last:  # all tasks share it
+            place.copy_(value)
+            continue
+        for task in theirs.keys() & ours.keys():
+            if len(value[theirs[task]]) != len(place[ours[task]]):
+                raise ValueError(f"task {task!r} has other labels there")
+            place[ours[task]] = value[theirs[task]].to(place)
+
+
+def _rows(recipe: Recipe) -> dict[str, slice]:
+    """Return which rows of the head's last linear are each task's."""
+    rows, start = {}, 0
+    for task, labels in recipe.label_sets.items():
+        rows[task] = slice(start, start + (labels.labels or 0))
+        start += labels.labels or 0
+    return rows

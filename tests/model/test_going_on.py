@@ -1,0 +1,98 @@
+"""A run that goes on from another one's chain: same function at the start, more tasks, and what is forgotten."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from metatt_scale.reopen import reopen
+from metatt_scale.training import train
+from tests.model.test_tasks import records, toy_tasks
+from tests.tiny import FLOAT32
+from tests.toy import BERT, UNDROPPED, make_trainer, metrics, quiet, toy_recipe, write_toy
+
+FIRST, SECOND = ("even", "sum"), ("digit", "sum", "even")
+
+
+def recipe_of(folder, names, *, kind="metatt_4p1d", output="run", start_from=None, **sections):
+    write_toy(folder, config={**BERT, **UNDROPPED})
+    records(folder)
+    known = {"even": {"labels": 2}, "digit": {"labels": 3}, "sum": {"labels": 1}}
+    sources = [{"path": str(folder / f"{name}.jsonl"), "task": name} for name in names]
+    return toy_tasks(
+        folder,
+        kind=kind,
+        output_dir=str(folder / output),
+        tasks={name: known[name] for name in names},
+        data={"train": sources, "validation": sources},
+        adapter={"start_from": start_from} if start_from else {},
+        **sections,
+    )
+
+
+def scores(trainer):
+    return {name: score for name, score in trainer.evaluate().items() if name.startswith(("eval_even", "eval_sum"))}
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize("kinds", [("metatt_4p1d", "metatt_4p1d"), ("metatt_4d", "metatt_4p1d")])
+def test_known_tasks_start_where_the_other_run_ended(tmp_path, head, kinds):
+    """With a task more, in another order, and (from 4D) with a core for tasks that was not there."""
+    classifier = {"head": head}
+    first = train(recipe_of(tmp_path, FIRST, kind=kinds[0], output="first", classifier=classifier), quiet())
+    start = {"kind": kinds[1], "start_from": str(first.folder), "classifier": classifier}
+    before, after = make_trainer(recipe_of(tmp_path, FIRST, kind=kinds[0], classifier=classifier)), None
+    before.adapter.set_values(reopen(first.folder, quiet()).adapter.tensors())
+    after = make_trainer(recipe_of(tmp_path, SECOND, **start))
+    assert scores(after) == pytest.approx(scores(before), rel=FLOAT32)
+    if kinds[0] == "metatt_4p1d":
+        old, new = before.adapter.cores[2], after.adapter.cores[2]
+        assert torch.equal(new[:, 0], old.mean(1)) and torch.equal(new[:, 1], old[:, 1])
+
+
+def test_what_is_forgotten_is_reported(tmp_path):
+    first = train(recipe_of(tmp_path, FIRST, output="first"), quiet())
+    recipe = recipe_of(tmp_path, SECOND, start_from=str(first.folder))
+    run = train(recipe, quiet())
+    lines = [line for line in metrics(run.folder) if "eval_loss" in line]
+    start = json.loads(next((run.folder / "checkpoints").glob("step-*/state.json")).read_text())
+    before = start["progress"]["start_scores"]
+    for line in lines:
+        assert line["forgetting"].keys() == {"even", "sum"}
+        assert line["forgetting"]["even"] == pytest.approx(before["eval_even_accuracy"] - line["eval_even_accuracy"])
+    again = train(recipe, quiet())  # finished: nothing is evaluated anew
+    assert np.allclose([c.detach() for c in again.adapter.cores[0]], [c.detach() for c in run.adapter.cores[0]])
+
+
+def test_a_language_model_goes_on(tmp_path):
+    first = train(toy_recipe(tmp_path, output_dir=str(tmp_path / "first")), quiet())
+    recipe = toy_recipe(tmp_path, adapter={"start_from": str(first.folder / "adapter")})
+    trainer = make_trainer(recipe)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.adapter.cores, first.adapter.cores, strict=True))
+    lines = [line for line in metrics(train(recipe, quiet()).folder) if "forgetting" in line]
+    assert lines and lines[-1]["forgetting"]["all"] < 0, "the same records again: the loss goes on falling"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"adapter": {"rank": 3}}, "its core of input is"),
+        ({"adapter": {"alpha": 1.0}}, "its alpha is 4.0"),
+        ({"adapter": {"target_modules": ["q_proj"]}}, "behind other modules"),
+        ({"adapter": {"kind": "metatt_5d"}}, "its modes are"),
+        ({"adapter": {"start_from": "nowhere"}}, "no such folder"),
+        ({"adapter": {"kind": "mtl_lora"}}, "`start_from` is .* which mtl_lora does not read"),
+    ],
+)
+def test_another_form_is_refused(tmp_path, change, says):
+    first = train(toy_recipe(tmp_path, output_dir=str(tmp_path / "first"), training={"max_steps": 1}), quiet())
+    adapter = {"start_from": str(first.folder), **change["adapter"]}
+    with pytest.raises(ValueError, match=says):
+        make_trainer(toy_recipe(tmp_path, adapter=adapter))
+
+
+def test_a_known_task_may_not_be_left_out(tmp_path):
+    first = train(recipe_of(tmp_path, FIRST, output="first"), quiet())
+    with pytest.raises(ValueError, match="knows the task 'sum', which `tasks` does not name"):
+        make_trainer(recipe_of(tmp_path, ("even", "digit"), start_from=str(first.folder)))
