@@ -96,10 +96,12 @@ class Group:
 
     def gradients(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the edges of the columns and per core, in chain order, normalised gradient norms (slice, column)."""
-        lines = [line for run in self.runs for line in run.lines]
+        lines = [line for run in self.runs for line in run.lines if line.get("gradient_norms")]
         logged = {mode for line in lines for mode in line.get("gradient_norms") or {}}
+        result: dict[str, np.ndarray] = {}
+        if not logged:
+            return np.zeros(0), result
         edges = self._columns(lines)
-        result = {}
         for mode in sorted(logged, key=self._place):
             steps, table_RTS = self._table(lambda line, mode=mode: (line.get("gradient_norms") or {}).get(mode, ()))
             mean_TS, _ = mean_and_error(table_RTS)
@@ -110,7 +112,8 @@ class Group:
 
     def slice_names(self, mode: str) -> list[str] | None:
         """Return the names of a core's slices where the adapter has them."""
-        names = self.runs[0].description.get(f"{mode}s")
+        first = self.runs[0]
+        names = list(first.recipe.tasks) if mode == "task" else first.description.get(f"{mode}s")
         return [str(name) for name in names] if isinstance(names, list) and mode != "head" else None
 
     def final_ranks(self) -> str:

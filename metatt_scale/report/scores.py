@@ -8,8 +8,8 @@ from metatt_scale.report.groups import Group
 
 PREFIX = "eval_"
 _LABELS = {
-    "loss": "training loss (nats)",
-    "eval_loss": "evaluation loss (nats)",
+    "loss": "training loss",
+    "eval_loss": "evaluation loss",
     "eval_accuracy": "accuracy",
     "eval_f1": "F1",
     "eval_matthews": "Matthews correlation",

@@ -165,7 +165,7 @@ def test_the_table_has_means_and_standard_errors(written):
     # deviations of 0.02 (0.10) on both sides of the mean: s = 0.02 (0.10), divided by the square root of 3
     assert (fixed["accuracy, best"], swept["accuracy, best"]) == ("0.8200 ± 0.0115", "0.8000 ± 0.0577")
     assert (fixed["accuracy, last"], swept["accuracy, last"]) == ("0.7200 ± 0.0115", "0.7000 ± 0.0577")
-    assert fixed["evaluation loss (nats), best"] == "0.1667 ± 0.0000"
+    assert fixed["evaluation loss, best"] == "0.1667 ± 0.0000"
     assert fixed["tokens/s"] == "200 ± 58" and fixed["memory (GiB)"] == "2.00 ± 0.00"
 
 
