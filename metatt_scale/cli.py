@@ -276,7 +276,7 @@ def _generate(options: Namespace) -> int:
 
     only_language_models(read_recipe(adapter_folder(options.run_or_adapter))[1], "generate")
     opened = reopen(options.run_or_adapter, _console(stderr=True), _backbone(options))
-    opened.adapter.enabled = not options.backbone_only
+    opened.adapter.enable(not options.backbone_only)
     print(generate(opened.model, opened.tokenizer, options.prompt, options.max_new_tokens, options.temperature))
     return 0
 

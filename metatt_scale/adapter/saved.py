@@ -39,7 +39,7 @@ def save_adapter(
         about: base model, recipe and the like.
         head: parameters of the model, by name, that its files lack: a classifier's head.
     """
-    tensors = {name: value.cpu().contiguous() for name, value in adapter.tensors().items()}
+    tensors = {name: value.cpu().contiguous() for name, value in adapter.result().items()}
     save_tensors(folder / WEIGHTS, tensors)
     description = {
         "format": _FORMAT,
@@ -110,12 +110,21 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
         ValueError: damaged files, or a model whose modules do not fit the adapter's targets or its head.
     """
     adapter = read_adapter(folder)
-    _check_fit(model, adapter.target_map, folder)
-    if "head_sha256" in read_description(folder):
-        _put_head(model, folder)
+    make_fit(model, adapter.target_map, folder)
     adapter.compute_dtype = compute_dtype(model)
     attach(model, adapter)
     return adapter
+
+
+def make_fit(model: PreTrainedModel, target_map: TargetMap, folder: Path) -> None:
+    """Check that a model has the modules an adapter was made for, and give it the head it was trained under.
+
+    Raises:
+        ValueError: other modules, or another head.
+    """
+    _check_fit(model, target_map, folder)
+    if "head_sha256" in read_description(folder):
+        _put_head(model, folder)
 
 
 def _put_head(model: PreTrainedModel, folder: Path) -> None:
@@ -139,11 +148,7 @@ def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]
     """Return what `metatt.json` describes; whatever it raises on a file that was edited means "damaged"."""
     spec = ChainSpec(**{key: tuple(description[key]) for key in ("modes", "sizes", "ranks")})
     check_order(spec.modes, "metatt_5d" if "head" in spec.modes else "metatt_4d")
-    target_map = TargetMap(
-        targets=tuple(Target(**target) for target in description["targets"]),
-        layers=tuple(description["layers"]),
-        projections=tuple(description["projections"]),
-    )
+    target_map = saved_targets(description)
     size = dict(zip(spec.modes, spec.sizes, strict=True))
     widest = size["output"] * size.get("head", 1)
     for target in target_map.targets:
@@ -156,6 +161,15 @@ def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}")
     return spec, target_map, alpha
+
+
+def saved_targets(description: Mapping[str, Any]) -> TargetMap:
+    """Return the targets that `metatt.json` lists; raises KeyError or TypeError where it was edited."""
+    return TargetMap(
+        targets=tuple(Target(**target) for target in description["targets"]),
+        layers=tuple(description["layers"]),
+        projections=tuple(description["projections"]),
+    )
 
 
 def _check_fit(model: nn.Module, target_map: TargetMap, folder: Path) -> None:

@@ -10,6 +10,7 @@ from metatt_scale.recipe.schema import (
     ParallelRecipe,
     Recipe,
     TrainingRecipe,
+    only_chains,
     only_language_models,
 )
 from metatt_scale.recipe.sweep import SweepRecipe
@@ -30,6 +31,7 @@ __all__ = [
     "check",
     "dump_recipe",
     "load_recipe",
+    "only_chains",
     "only_language_models",
     "read_mapping",
     "validate",

@@ -215,6 +215,11 @@ class Recipe(Section):
         return self
 
     def _check_sweep(self, sweep: SweepRecipe) -> None:
+        if not self.adapter.is_chain:
+            raise ValueError(
+                f"`sweep` changes the ranks of a tensor train, but `adapter.kind` is {self.adapter.kind}; leave it "
+                "out"
+            )
         for i, point in enumerate(sweep.schedule):
             check_ranks(point.rank, self.adapter.kind, f"sweep.schedule[{i}].rank")
         if sweep.formula is not None and not isinstance(self.adapter.rank, int):
@@ -248,3 +253,16 @@ def only_language_models(recipe: Recipe, command: str) -> None:
         if command == "evaluate":
             remedy = "its scores are eval_loss, eval_accuracy and eval_f1 in metrics.jsonl"
         raise ValueError(f"`{command}` is for language models, but this recipe has a `classifier`; {remedy}")
+
+
+def only_chains(recipe: Recipe, command: str) -> None:
+    """Refuse a recipe whose adapter is no tensor train for what knows the costs of a chain only.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not recipe.adapter.is_chain:
+        raise ValueError(
+            f"`{command}` is for tensor trains, but `adapter.kind` is {recipe.adapter.kind}; set adapter.kind: "
+            "metatt_4d, or leave that out"
+        )

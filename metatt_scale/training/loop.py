@@ -79,6 +79,7 @@ class Trainer:
         self.signals = SignalCatcher()
         self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
         self.objective = make_objective(self.recipe, self.model, self.world, self.console)
+        self.adapter.begin(self.total_steps)
         self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
         self._launched: deque[_Launched] = deque()
         self._settled_at = 0.0
@@ -154,7 +155,7 @@ class Trainer:
         slices = SliceNorms(chain) if chain is not None and logged else None
         rate = learning_rate(training, step, self.total_steps) * self.sweeps.warmup(step)
         clip(self._gradients(), sums.gradient_norm, training.max_grad_norm)
-        apply(self.optimizer, sums.finite, rate)
+        apply(self.optimizer, sums.finite, rate, lambda: self.adapter.stepped(step + 1, sums.finite))
         self.progress.step += 1
         self.progress.finished = self.progress.step >= self.total_steps
         self._launched.append(_Launched(self.progress.step, epoch, tokens, rate, started, sums, slices))
@@ -203,6 +204,9 @@ class Trainer:
             (loss * (scale / tokens)).backward()
             loss_sum += loss.detach()
             length += int(batch.attention_mask_BS.sum())
+        penalty = self.adapter.penalty()
+        if penalty is not None:
+            (penalty * (scale / self.world.size)).backward()
         self.adapter.pull_back()
         if scale != 1.0:
             for gradient in self._gradients():

@@ -104,7 +104,7 @@ def shown(report: Mapping[str, Any]) -> dict[str, str]:
         "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
         "lr": f"{report['learning_rate']:.2e}",
         "tok/s": f"{report['tokens_per_second']:.0f}",
-        "ranks": ",".join(map(str, report["ranks"])),
+        **({"ranks": ",".join(map(str, report["ranks"]))} if "ranks" in report else {}),
         "mem": f"{report['memory_gib']:.1f}G",
     }
     for name, label in (("eval_loss", "eval"), ("eval_accuracy", "accuracy"), ("eval_f1", "f1")):

@@ -133,7 +133,7 @@ def _assemble(
         engine = make_engine(world, launch, recipe)
         model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, _classes(recipe))
     check_trainable(model, data)
-    adapter = build_adapter(model, recipe)
+    adapter = build_adapter(model, recipe, world, engine)
     _report_adapter(adapter, console)
     if world.size > 1:
         console.print(f"{world.size} ranks, backbone: {launch.strategy}", highlight=False)
