@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.methods.peft_methods import TRAINED, PeftAdapter, import_peft
 from metatt_scale.recipe.adapter import AdaLoraRecipe, initial_rank
@@ -28,10 +29,16 @@ class AdaLora(PeftAdapter):
 
     parts = ("lora_A", "lora_E", "lora_B")
 
+    def __init__(self, model: PreTrainedModel, *arguments: Any) -> None:
+        """As every method of PEFT."""
+        super().__init__(model, *arguments)
+        self._model = (model,)
+        self._total_steps: int | None = None
+        self._prepare()
+
     def _put_layers(self, model: PreTrainedModel, seed: int) -> nn.Module:
         peft, recipe = import_peft(), self.recipe
         self._settings = recipe.adalora or AdaLoraRecipe()
-        _let_peft_know(model)
         config = peft.AdaLoraConfig(
             target_r=recipe.rank,
             lora_alpha=recipe.alpha,
@@ -40,19 +47,16 @@ class AdaLora(PeftAdapter):
             init_r=initial_rank(recipe),
             **self._shared_settings(),
         )
-        self._total_steps: int | None = None
-        self._model = (model,)
         return peft.AdaLoraModel(model, config, TRAINED)
 
-    def _widen(self) -> None:
-        super()._widen()
+    def _prepare(self) -> None:
         for layer, _ in self.layer_and_path():
-            layer.ranknum[TRAINED].data = layer.ranknum[TRAINED].data.float()
+            if type(layer.base_layer) not in (nn.Linear, Conv1D):
+                # PEFT adds in place, and packed linears may return views that nothing may write into.
+                layer.base_layer.register_forward_hook(lambda _module, _inputs, y: y.clone())
         allocator = self._allocator
-        for (
-            name,
-            parameter,
-        ) in self._own_parameters():  # PEFT makes them at the first step; a resume fills them before
+        # PEFT makes them at the first step; a resume fills them before.
+        for name, parameter in self._own_parameters():
             for scores in (allocator.exp_avg_ipt, allocator.exp_avg_unc):
                 scores[name] = torch.zeros_like(parameter)
             allocator.ipt[name] = torch.zeros_like(parameter)
@@ -135,19 +139,3 @@ class AdaLora(PeftAdapter):
     def summary(self) -> str:
         """Return the ranks at both ends for a person."""
         return f"adalora, rank {initial_rank(self.recipe)} to {self.recipe.rank} on average"
-
-
-def _let_peft_know(model: PreTrainedModel) -> None:
-    """Mark a packed model as transformers marks its own, so that PEFT's layers write into no view of its output.
-
-    PEFT also reads two settings off the packed weight, which an engine may have replaced by a tensor without them.
-    """
-    for module in model.modules():
-        state = getattr(module, "quant_state", None)
-        if isinstance(module, nn.Linear) and state is not None:
-            setattr(model, "is_loaded_in_4bit", True)  # noqa: B010
-            for name, value in (("compress_statistics", state.nested), ("quant_type", state.quant_type)):
-                if not hasattr(module.weight, name):
-                    setattr(module.weight, name, value)
-        elif type(module).__name__ == "Linear8bitLt":
-            setattr(model, "is_loaded_in_8bit", True)  # noqa: B010

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -39,9 +40,9 @@ def build_adapter(
     if recipe.adapter.is_chain:
         return inject(model, recipe.adapter, recipe.seed)
     target_map = find_targets(model, recipe.adapter.target_modules, recipe.adapter.layers)
-    adapter = _put(model, recipe, target_map)
+    world = world or World(device=next(model.parameters()).device)
+    adapter = _put(model, recipe, target_map, world.device)
     if isinstance(adapter, Lora) and adapter.has_start:
-        world = world or World(device=next(iter(adapter.trained().values())).device)
         adapter.start_at(first_factors(adapter, world, engine, model))
     return adapter
 
@@ -60,7 +61,7 @@ def reload_adapter(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Adap
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
     make_fit(model, target_map, folder)
-    adapter = _put(model, recipe, target_map)
+    adapter = _put(model, recipe, target_map, next(model.parameters()).device)
     wanted = {name: tuple(value.shape) for name, value in adapter.result().items()}
     found = {name: tuple(value.shape) for name, value in values.items()}
     if found != wanted:
@@ -69,13 +70,13 @@ def reload_adapter(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Adap
     return adapter
 
 
-def _put(model: PreTrainedModel, recipe: Recipe, target_map: TargetMap) -> PeftAdapter:
+def _put(model: PreTrainedModel, recipe: Recipe, target_map: TargetMap, device: torch.device) -> PeftAdapter:
     for target in target_map.targets:
         module = model.get_submodule(target.path)
         if not is_linear(module):
             raise ValueError(f"{target.path} is adapted already; load the backbone anew for a second adapter")
         _check_rank(recipe, target.path, *widths(module))
-    return PEFT_METHODS[recipe.adapter.kind](model, recipe.adapter, target_map, recipe.seed)
+    return PEFT_METHODS[recipe.adapter.kind](model, recipe.adapter, target_map, recipe.seed, device)
 
 
 def _check_rank(recipe: Recipe, path: str, d_in: int, d_out: int) -> None:

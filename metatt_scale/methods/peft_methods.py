@@ -1,20 +1,24 @@
 """LoRA and VeRA as PEFT computes them, behind the interface of every adapter.
 
-PEFT puts layers of its own into the places of the model's linears. It does so after an engine has sharded these, so
-the parameters of its layers belong to no shard: every rank holds all of them, in fp32, and the loop adds up their
-gradients like those of a chain. PEFT computes in fp32 beside a backbone of 16 or 4 bits, and rounds outputs to the
-type of the backbone.
+PEFT puts layers of its own into the places of the model's linears, after an engine has sharded these: the parameters
+of its layers belong to no shard, every rank holds all of them, and the loop adds up their gradients like those of a
+chain. While PEFT does so, stand-ins of the right widths take the places of the real linears. It would take FSDP2's
+shards for those of tensor parallelism and make its factors too narrow, and give them the type of the frozen weights
+and layers for 4 bits; behind a stand-in its parameters are fp32. It computes in fp32 beside a backbone of 16 or 4
+bits, and rounds the sum to the backbone's type.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import Adapter, TargetMap
 from metatt_scale.adapter.inject import compute_dtype
@@ -46,19 +50,26 @@ class PeftAdapter(Adapter):
     parts: tuple[str, ...] = ()
     """Attributes of PEFT's layers that are trained."""
 
-    def __init__(self, model: PreTrainedModel, recipe: AdapterRecipe, target_map: TargetMap, seed: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: AdapterRecipe,
+        target_map: TargetMap,
+        seed: int,
+        device: torch.device,
+    ) -> None:
         """Freeze the model and put PEFT's layers into it; their random values follow from the seed."""
         super().__init__(target_map, compute_dtype(model))
         self.recipe = recipe
         model.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _stand_ins(model, self, device):
             warnings.simplefilter("ignore")  # about Conv1D, and tied weights that no target is
             torch.manual_seed(seed)
             tuner = self._put_layers(model, seed)
         # In tuples: no nn.Module may take the model, or layers inside it, for a part of the adapter.
         self._tuner = (tuner,)
         self._layers = tuple(model.get_submodule(target.path) for target in self.targets)
-        self._widen()
+        self._mark_trained()
 
     def _put_layers(self, model: PreTrainedModel, seed: int) -> nn.Module:
         """Let PEFT put its layers into the model, and return what it calls a tuner."""
@@ -69,14 +80,6 @@ class PeftAdapter(Adapter):
             "target_modules": [target.path for target in self.targets],
             "fan_in_fan_out": any(target.transposed for target in self.targets),
         }
-
-    def _widen(self) -> None:
-        """Make PEFT's parameters fp32 (it has given them the type of the frozen weights)."""
-        for layer in self._layers:
-            for part in (getattr(layer, name) for name in layer.adapter_layer_names):  # type: ignore[union-attr]
-                for parameter in part.parameters():
-                    parameter.data = _wide(parameter.data)
-        self._mark_trained()
 
     def _mark_trained(self) -> None:
         mine = {id(parameter) for parameter in self.trained().values()}
@@ -175,10 +178,7 @@ class Vera(PeftAdapter):
         peft, recipe = import_peft(), self.recipe
         start = recipe.vera.d_initial if recipe.vera else 0.1
         settings = {"r": recipe.rank, "d_initial": start, "projection_prng_key": seed, **self._shared_settings()}
-        tuner = peft.VeraModel(model, peft.VeraConfig(**settings), TRAINED)
-        for shared in (tuner.vera_A, tuner.vera_B):
-            shared[TRAINED] = _wide(shared[TRAINED])
-        return tuner
+        return peft.VeraModel(model, peft.VeraConfig(**settings), TRAINED)
 
     def kept(self) -> dict[str, Tensor]:
         """Return the shared projections."""
@@ -190,8 +190,27 @@ class Vera(PeftAdapter):
         return {"ranks": [initial_rank(self.recipe)]}
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+@contextlib.contextmanager
+def _stand_ins(model: nn.Module, adapter: Adapter, device: torch.device) -> Iterator[None]:
+    """Replace the targets inside a `with` block by linears of the same widths without storage."""
+    dtype = torch.promote_types(adapter.compute_dtype, torch.float32)
+    real = {}
+    for target in adapter.targets:
+        with torch.device("meta"):
+            shape = (target.d_in, target.d_out)
+            linear = Conv1D(*reversed(shape)) if target.transposed else nn.Linear(*shape)
+        zero = torch.zeros((), dtype=dtype, device=device)
+        linear.weight = nn.Parameter(zero.expand(linear.weight.shape), requires_grad=False)
+        real[target.path] = model.get_submodule(target.path)
+        model.set_submodule(target.path, linear.train(model.training))
+    try:
+        yield
+    except BaseException:
+        for path, linear in real.items():
+            model.set_submodule(path, linear)
+        raise
+    for path, linear in real.items():
+        model.get_submodule(path).base_layer = linear
 
 
 def _parameter(part: nn.Module | nn.Parameter) -> nn.Parameter:
