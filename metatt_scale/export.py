@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import ChainAdapter, merge, peft_config, peft_state, plain_linear, read_adapter
+from metatt_scale.adapter import plain_linear
 from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
+from metatt_scale.methods import merged_layers, peft_files
 from metatt_scale.recipe import Recipe
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder
 
@@ -83,29 +84,25 @@ def _write_lora(source: Path, recipe: Recipe, folder: Path) -> None:
         raise ValueError(
             "--to lora: this run is a classifier, whose head a LoRA folder of ours does not hold yet; use --to merged"
         )
-    adapter = read_adapter(source)  # the factors need no backbone
-    state = peft_state(adapter)
+    config, state = peft_files(source, recipe)  # the factors need no backbone
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise ValueError(f"{source}: the LoRA factors are not finite; the adapter's cores are damaged or overflow")
+    state = {name: value.contiguous() for name, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(adapter, recipe.backbone.path))
+    write_json(folder / "adapter_config.json", config)
 
 
 def _write_merged(opened: Reopened, folder: Path) -> None:
-    assert isinstance(opened.adapter, ChainAdapter)
-    merge(opened.adapter)
     make_plain(opened)
     opened.model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
 
 
 def make_plain(opened: Reopened) -> None:
-    """Turn a merged model into an ordinary one: merged linears in their places, nothing quantised."""
+    """Turn a model into an ordinary one: the adapter merged into its linears, nothing quantised."""
     model, adapter = opened.model, opened.adapter
-    assert isinstance(adapter, ChainAdapter)
-    for linear, target in zip(adapter.linears, adapter.targets, strict=True):
-        assert linear.merged_layer is not None, "merge first"
-        _put(model, target.path, linear.merged_layer)
+    for path, linear in merged_layers(adapter).items():
+        _put(model, path, linear)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:  # a bitsandbytes linear
             _put(model, path, plain_linear(module, adapter.compute_dtype))
@@ -118,18 +115,19 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
 
 def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str) -> str:
     """Return the README of an export: base, recipe, data, counts and the scores on record."""
+    form = "VeRA" if recipe.adapter.kind == "vera" else "LoRA"
     kinds = {
-        "lora": "the exact LoRA form of the tensor train (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
+        "lora": f"the exact {form} form for PEFT (`adapter_config.json` + `adapter_model.safetensors`)",
         "merged": f"a plain transformers model, merged onto the {merge_base} weights",
-        "metatt": "the tensor-train cores (`metatt.json` + `metatt.safetensors`), for metatt-scale",
+        "metatt": "what was trained (`metatt.json` + `metatt.safetensors`), for metatt-scale",
     }
     counted = "examples" if recipe.classifier else "target tokens"
-    sizes = " x ".join(f"{m} {n}" for m, n in zip(description["modes"], description["sizes"], strict=True))
+    alpha = f"; alpha {description['alpha']}" if "alpha" in description else ""
     lines = [
         "---",
         f"base_model: {json.dumps(description['base_model'])}",
         "library_name: " + {"lora": "peft", "merged": "transformers", "metatt": "metatt_scale"}[to],
-        "tags: [metatt, tensor-train, lora]",
+        "tags: [metatt, tensor-train, lora]" if recipe.adapter.is_chain else f"tags: [{form.lower()}]",
         "---",
         "",
         f"# {description['kind']} adapter for {description['base_model']}",
@@ -139,7 +137,7 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         "| | |",
         "|---|---|",
         f"| base model | {description['base_model']} (quantization {recipe.backbone.quantization}) |",
-        f"| chain | {sizes}; ranks {', '.join(map(str, description['ranks']))}; alpha {description['alpha']} |",
+        f"| adapter | {_form(description)}; ranks {', '.join(map(str, description['ranks']))}{alpha} |",
         f"| trained parameters | {description['trainable_parameters']:,} |",
         f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
         f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",
@@ -150,6 +148,14 @@ def model_card(source: Path, description: dict[str, Any], recipe: Recipe, to: st
         *_score_lines(run_folder(source) / "results.json", recipe, description["weights_sha256"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _form(description: dict[str, Any]) -> str:
+    """Return modes and sizes of a chain, the kind of everything else."""
+    if "modes" not in description:
+        return description["kind"]
+    sizes = zip(description["modes"], description["sizes"], strict=True)
+    return "chain " + " x ".join(f"{mode} {size}" for mode, size in sizes)
 
 
 def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from metatt_scale.adapter import inject
 from metatt_scale.backbone import byte_tokenizer, load_backbone
 from metatt_scale.data import prepare
+from metatt_scale.methods import build_adapter
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training.loop import Trainer
@@ -113,7 +113,7 @@ def make_trainer(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainer:
     """The trainer that `train` would make, in any dtype."""
     tokenizer, classes = byte_tokenizer(), recipe.classifier.labels if recipe.classifier else None
     model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=classes).to(dtype)  # type: ignore[arg-type]
-    adapter = inject(model, recipe.adapter, recipe.seed).to(dtype)
+    adapter = build_adapter(model, recipe).to(dtype)
     return Trainer(
         recipe=recipe,
         model=model,

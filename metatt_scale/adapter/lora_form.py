@@ -8,6 +8,7 @@ form is the same matrix, not an approximation, and everything that serves LoRA s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from metatt_scale.adapter.chain import ChainAdapter
 from metatt_scale.adapter.folding import factors_at
 from metatt_scale.adapter.modes import factors
+from metatt_scale.adapter.targets import Target
 
 
 class LoraPair(NamedTuple):
@@ -40,18 +42,23 @@ def lora_pairs(adapter: ChainAdapter) -> list[LoraPair]:
 
 def peft_config(adapter: ChainAdapter, base_model: str) -> dict[str, Any]:
     """Return PEFT's adapter_config.json for these factors (lora_alpha = alpha r, since PEFT divides by r)."""
-    # PEFT has no task type for masked language models, and its wrapper for causal ones fails on them.
-    causal = not adapter.targets[0].path.startswith(("bert.", "roberta."))
     rank = adapter.spec.lora_rank
+    return lora_config(adapter.targets, base_model, rank, adapter.alpha * rank)
+
+
+def lora_config(targets: Sequence[Target], base_model: str, rank: int, lora_alpha: float) -> dict[str, Any]:
+    """Return PEFT's adapter_config.json for LoRA behind these modules."""
+    # PEFT has no task type for masked language models, and its wrapper for causal ones fails on them.
+    causal = not targets[0].path.startswith(("bert.", "roberta."))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": adapter.alpha * rank,
+        "lora_alpha": lora_alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(target.path for target in adapter.targets),
-        "fan_in_fan_out": any(target.transposed for target in adapter.targets),
+        "target_modules": sorted(target.path for target in targets),
+        "fan_in_fan_out": any(target.transposed for target in targets),
         "use_rslora": False,
         "bias": "none",
         "inference_mode": True,
@@ -60,8 +67,13 @@ def peft_config(adapter: ChainAdapter, base_model: str) -> dict[str, Any]:
 
 def peft_state(adapter: ChainAdapter) -> dict[str, Tensor]:
     """Return the tensors of PEFT's adapter_model.safetensors."""
+    return state_of(lora_pairs(adapter))
+
+
+def state_of(pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
+    """Return pairs of factors by the names that PEFT's adapter_model.safetensors gives them."""
     state = {}
-    for path, lora_A, lora_B in lora_pairs(adapter):
+    for path, lora_A, lora_B in pairs:
         state[f"base_model.model.{path}.lora_A.weight"] = lora_A
         state[f"base_model.model.{path}.lora_B.weight"] = lora_B
     return state

@@ -30,20 +30,30 @@ def merge(adapter: ChainAdapter) -> None:
     merged = []
     all_factors = factors(adapter.spec, list(adapter.cores), adapter.alpha)
     for linear, target in zip(adapter.linears, adapter.targets, strict=True):
-        plain = plain_linear(linear.base_layer, adapter.compute_dtype)
         delta_IO = operator.delta(*factors_at(all_factors, target))
-        delta = delta_IO if isinstance(plain, Conv1D) else delta_IO.mT  # Conv1D stores input x output
-        # One rounding, of the sum: the delta alone in bf16 would lose its small entries.
-        weight = (plain.weight.to(delta.dtype) + delta.to(plain.weight.device)).to(plain.weight.dtype)
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"merging {target.path} gives weights that are not finite; nothing was merged (check the adapter's "
-                "cores, or merge in a wider dtype)"
-            )
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        merged.append(plain)
+        merged.append(merged_linear(linear.base_layer, delta_IO.mT, target.path, adapter.compute_dtype))
     for linear, plain in zip(adapter.linears, merged, strict=True):
         linear.merged_layer = plain
+
+
+@torch.no_grad()
+def merged_linear(module: nn.Module, delta_OI: Tensor, path: str, dtype: torch.dtype) -> nn.Linear | Conv1D:
+    """Return a plain copy of a linear with a delta (output x input) in its weight.
+
+    Raises:
+        ValueError: the sum holds NaN or infinity; the message names the module.
+    """
+    plain = plain_linear(module, dtype)
+    delta = delta_OI.mT if isinstance(plain, Conv1D) else delta_OI  # Conv1D stores input x output
+    # One rounding, of the sum: the delta alone in bf16 would lose its small entries.
+    weight = (plain.weight.to(delta.dtype) + delta.to(plain.weight.device)).to(plain.weight.dtype)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"merging {path} gives weights that are not finite; nothing was merged (check the adapter's "
+            "cores, or merge in a wider dtype)"
+        )
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    return plain
 
 
 def unmerge(adapter: ChainAdapter) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from metatt_scale.benchmark.settings import Settings, read_settings
-from metatt_scale.recipe import Recipe, only_language_models
+from metatt_scale.recipe import Recipe, only_chains, only_language_models
 
 if TYPE_CHECKING:
     from metatt_scale.benchmark.report import Report
@@ -33,6 +33,7 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
     """
     settings = read_settings(options)
     only_language_models(recipe, "benchmark")
+    only_chains(recipe, "benchmark")
     if recipe.backbone.compile and options.table in _RUN_LAYERS:
         raise ValueError(
             f"backbone.compile is true, but --table {options.table} compiles no arm, so its numbers would be another "

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter import Adapter, TargetMap, find_targets, inject, load_adapter, read_description
 from metatt_scale.adapter.saved import CONFIG, WEIGHTS, make_fit, saved_targets
-from metatt_scale.adapter.targets import is_linear, widths
 from metatt_scale.backbone import Engine
 from metatt_scale.methods.adalora import AdaLora
 from metatt_scale.methods.peft_methods import Lora, PeftAdapter, Vera
@@ -39,6 +38,9 @@ def build_adapter(
     """
     if recipe.adapter.is_chain:
         return inject(model, recipe.adapter, recipe.seed)
+    adapted = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise ValueError(f"{adapted} is adapted already; load the backbone anew for a second adapter")
     target_map = find_targets(model, recipe.adapter.target_modules, recipe.adapter.layers)
     world = world or World(device=next(model.parameters()).device)
     adapter = _put(model, recipe, target_map, world.device)
@@ -72,10 +74,7 @@ def reload_adapter(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Adap
 
 def _put(model: PreTrainedModel, recipe: Recipe, target_map: TargetMap, device: torch.device) -> PeftAdapter:
     for target in target_map.targets:
-        module = model.get_submodule(target.path)
-        if not is_linear(module):
-            raise ValueError(f"{target.path} is adapted already; load the backbone anew for a second adapter")
-        _check_rank(recipe, target.path, *widths(module))
+        _check_rank(recipe, target.path, target.d_in, target.d_out)
     return PEFT_METHODS[recipe.adapter.kind](model, recipe.adapter, target_map, recipe.seed, device)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from rich.console import Console
 
 from metatt_scale.plan import GPUS_PER_NODE
-from metatt_scale.recipe import Recipe, only_language_models
+from metatt_scale.recipe import Recipe, only_chains, only_language_models
 
 SIMULATED = (2, 64, 1024)
 """Worlds of `--simulate` where --nodes and --gpus-per-node name none."""
@@ -52,6 +52,7 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
     _check(options)
     only_language_models(recipe, "plan")
     if options.simulate:
+        only_chains(recipe, "plan --simulate")
         return _simulate(recipe, options, console)
     from metatt_scale.plan.estimate import Machine, plan, with_overrides
     from metatt_scale.plan.table import plan_table

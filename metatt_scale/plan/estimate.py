@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from metatt_scale.adapter import TargetMap, find_targets
+from metatt_scale.backbone import load_skeleton
+from metatt_scale.methods import trained_values
 from metatt_scale.parallel import with_fitting_shards
 from metatt_scale.plan import GPUS_PER_NODE
 from metatt_scale.plan.layout import Layout, assumption, lay_out
@@ -13,6 +16,7 @@ from metatt_scale.plan.shape import ModelShape, read_shape
 from metatt_scale.plan.timing import Hardware, known_hardware, step_time
 from metatt_scale.plan.wire import backbone_gathers, chain_buffer, lora_buffer, ring_all_reduce
 from metatt_scale.recipe import Recipe
+from metatt_scale.recipe.adapter import initial_rank
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Worlds of the scaling table."""
@@ -36,9 +40,13 @@ _ONE_GPU = Machine()
 def plan(recipe: Recipe, machine: Machine = _ONE_GPU) -> dict[str, Any]:
     """Return what a recipe trains and what that takes; bytes are of one rank, times are estimates in seconds.
 
+    Of an adapter that is no chain the counts alone are known.
+
     Raises:
         ValueError: no configuration for the backbone, targets that match nothing, or a layout that cannot be.
     """
+    if not recipe.adapter.is_chain:
+        return _method_counts(recipe)
     shape = read_shape(recipe)
     layout = lay_out(recipe, machine.nodes * machine.gpus_per_node, machine.gpus_per_node, machine.answers)
     nodes_of = machine.gpus_per_node if machine.gpus_per_node > 1 else GPUS_PER_NODE
@@ -56,16 +64,34 @@ def plan(recipe: Recipe, machine: Machine = _ONE_GPU) -> dict[str, Any]:
 
 def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
     """Return the exact counts, in values; `trainable_parameters` is what AdamW updates."""
-    spec, targets = shape.spec, shape.target_map
+    spec = shape.spec
+    form = {"modes": list(spec.modes), "sizes": list(spec.sizes), "ranks": list(spec.ranks)}
     return {
         "trainable_parameters": spec.n_parameters,
         "adapter": recipe.adapter.kind,
-        "modes": list(spec.modes),
-        "sizes": list(spec.sizes),
-        "ranks": list(spec.ranks),
+        **form,
+        **_surroundings(shape.target_map, shape.parameters),
+    }
+
+
+def _method_counts(recipe: Recipe) -> dict[str, Any]:
+    """Return the exact counts of an adapter that is no chain, and why there is no more."""
+    model, adapter = load_skeleton(recipe.backbone), recipe.adapter
+    targets = find_targets(model, adapter.target_modules, adapter.layers)
+    return {
+        "trainable_parameters": trained_values(adapter, targets),
+        "adapter": adapter.kind,
+        "ranks": [initial_rank(adapter)],
+        **_surroundings(targets, sum(parameter.numel() for parameter in model.parameters())),
+        "assumption": f"memory, wire and time are estimated for tensor trains only, not for {adapter.kind}",
+    }
+
+
+def _surroundings(targets: TargetMap, parameters: int) -> dict[str, Any]:
+    return {
         "adapted_modules": len(targets.targets),
         "projections": list(targets.projections),
-        "backbone_parameters": shape.parameters,
+        "backbone_parameters": parameters,
         "lora_parameters": {str(rank): targets.lora_parameters(rank) for rank in (8, 16)},
     }
 

@@ -41,6 +41,8 @@ def seconds(value: float) -> str:
 def plan_table(numbers: dict[str, Any], recipe: Recipe) -> Group:
     """Return the sections of a plan: counts, memory of one rank, bytes on the wire, scaling."""
     said = [Text(numbers["assumption"], style="yellow")] if numbers["assumption"] else []
+    if "memory" not in numbers:
+        return Group(*said, _counts(numbers, recipe))
     return Group(*said, _counts(numbers, recipe), _memory(numbers), _wire(numbers), _scaling(numbers))
 
 
@@ -55,10 +57,13 @@ def _section(title: str, *columns: str) -> Table:
 
 def _counts(numbers: dict[str, Any], recipe: Recipe) -> Table:
     table = _section("trained")
-    chain = " x ".join(f"{mode} {n}" for mode, n in zip(numbers["modes"], numbers["sizes"], strict=True))
     ranks = ", ".join(map(str, numbers["ranks"]))
-    table.add_row("trainable parameters", f"{numbers['trainable_parameters']:,}", f"{numbers['adapter']}: {chain}")
-    table.add_row("ranks of the bonds", "", f"{ranks} at the start (all figures here)" if recipe.sweep else ranks)
+    form = numbers["adapter"]
+    if "modes" in numbers:
+        form += ": " + " x ".join(f"{mode} {n}" for mode, n in zip(numbers["modes"], numbers["sizes"], strict=True))
+    table.add_row("trainable parameters", f"{numbers['trainable_parameters']:,}", form)
+    bonds = "ranks of the bonds" if "modes" in numbers else "rank at the start"
+    table.add_row(bonds, "", f"{ranks} at the start (all figures here)" if recipe.sweep else ranks)
     if recipe.sweep:
         table.add_row("sweeps", "", _sweeps(recipe.sweep))
     modules = f"{', '.join(name.split('*.')[-1] for name in numbers['projections'])}"
