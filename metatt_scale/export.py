@@ -24,7 +24,7 @@ from metatt_scale.backbone import last_linear
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
 from metatt_scale.methods import read_alone
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import INNER_BONDS, Recipe
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder, task_index
 
 _MARKER = "metatt_export.json"
@@ -157,8 +157,9 @@ def model_card(
     source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str, task: int | None = None
 ) -> str:
     """Return the README of an export: base, recipe, data, counts and the scores on record."""
+    form = "VeRA" if recipe.adapter.kind == "vera" else "LoRA"
     kinds = {
-        "lora": "the exact LoRA form of the adapter (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
+        "lora": f"the exact {form} form of the adapter (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
         "merged": f"a plain transformers model, merged onto the {merge_base} weights",
         "metatt": "the adapter's own tensors (`metatt.json` + `metatt.safetensors`), for metatt-scale",
     }
@@ -169,7 +170,7 @@ def model_card(
         "---",
         f"base_model: {json.dumps(description['base_model'])}",
         "library_name: " + {"lora": "peft", "merged": "transformers", "metatt": "metatt_scale"}[to],
-        "tags: [metatt, tensor-train, lora]",
+        "tags: [metatt, tensor-train, lora]" if recipe.adapter.kind in INNER_BONDS else f"tags: [{form.lower()}]",
         "---",
         "",
         f"# {description['kind']} adapter for {description['base_model']}",
