@@ -23,7 +23,7 @@ from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
 from metatt_scale.methods import read_alone
-from metatt_scale.recipe import Recipe
+from metatt_scale.recipe import INNER_BONDS, Recipe
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder, task_index
 
 _MARKER = "metatt_export.json"
@@ -61,10 +61,7 @@ def export(
         raise ValueError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
     source = adapter_folder(path)
     target = Path(out).expanduser() if out is not None else run_folder(source) / "exports" / to
-    if target.exists() and not replace:
-        raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
-    if target.exists() and not (target / _MARKER).is_file():
-        raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
+    _check_target(target, replace)
     description, recipe = read_recipe(source, backbone)
     chosen = task_index(recipe, task)
     with new_folder(target, replace=replace) as temporary:
@@ -80,6 +77,13 @@ def export(
         write_text(temporary / "README.md", model_card(source, description, recipe, to, merge_base, chosen))
     console.print(f"{to} export: {target}", highlight=False)
     return target
+
+
+def _check_target(target: Path, replace: bool) -> None:
+    if target.exists() and not replace:
+        raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
+    if target.exists() and not (target / _MARKER).is_file():
+        raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
 
 
 def _write_lora(source: Path, recipe: Recipe, folder: Path, task: int | None) -> None:
@@ -157,8 +161,9 @@ def model_card(
     source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str, task: int | None = None
 ) -> str:
     """Return the README of an export: base, recipe, data, counts and the scores on record."""
+    form = "VeRA" if recipe.adapter.kind == "vera" else "LoRA"
     kinds = {
-        "lora": "the exact LoRA form of the adapter (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
+        "lora": f"the exact {form} form of the adapter (PEFT `adapter_config.json` + `adapter_model.safetensors`)",
         "merged": f"a plain transformers model, merged onto the {merge_base} weights",
         "metatt": "the adapter's own tensors (`metatt.json` + `metatt.safetensors`), for metatt-scale",
     }
@@ -169,7 +174,7 @@ def model_card(
         "---",
         f"base_model: {json.dumps(description['base_model'])}",
         "library_name: " + {"lora": "peft", "merged": "transformers", "metatt": "metatt_scale"}[to],
-        "tags: [metatt, tensor-train, lora]",
+        "tags: [metatt, tensor-train, lora]" if recipe.adapter.kind in INNER_BONDS else f"tags: [{form.lower()}]",
         "---",
         "",
         f"# {description['kind']} adapter for {description['base_model']}",

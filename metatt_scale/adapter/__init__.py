@@ -18,6 +18,7 @@ from metatt_scale.adapter.saved import (
     read_head,
     read_targets,
     save_adapter,
+    trained_head,
 )
 from metatt_scale.adapter.size import norm_in_use
 from metatt_scale.adapter.targets import Target, TargetMap, find_targets
@@ -53,5 +54,6 @@ __all__ = [
     "read_targets",
     "save_adapter",
     "train_head",
+    "trained_head",
     "unmerge",
 ]

@@ -95,16 +95,24 @@ class Adapter(nn.Module):
         """Return tensors that are not trained by gradients, but without which the trained ones mean nothing."""
         return {}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that files must hold: the trained parameters and what is kept beside them, detached."""
+    def history(self) -> dict[str, Tensor]:
+        """Return what steps leave behind for later steps, besides the optimizer's moments: for checkpoints only."""
+        return {}
+
+    def result(self) -> dict[str, Tensor]:
+        """Return all that the adapter's file must hold: the trained parameters and what is kept, detached."""
         return {name: value.detach() for name, value in (self.trained() | self.kept()).items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that a checkpoint must hold: the result and the history, detached."""
+        return self.result() | {name: value.detach() for name, value in self.history().items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of `tensors`."""
         return {name: tuple(value.shape) for name, value in self.tensors().items()}
 
     def set_values(self, values: Mapping[str, Tensor]) -> None:
-        """Replace all trained parameters, and what `kept` names where it is given."""
+        """Replace all trained parameters, and what `kept` and `history` name where it is given."""
         with torch.no_grad():
             for name, place in self.tensors().items():
                 if name in values:
@@ -138,8 +146,34 @@ class Adapter(nn.Module):
         for pair in self.lora_pairs():
             yield self.alpha * (pair.lora_B @ pair.lora_A).mT
 
+    def own_peft_form(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return settings and tensors of PEFT's own form of this kind, where as LoRA it is far larger; or None."""
+        return None
+
     def pull_back(self) -> None:
         """Carry what all backward passes of a step left behind to the gradients of the parameters."""
+
+    def begin(self, total_steps: int) -> None:
+        """Learn how many optimizer steps the run has; called once, before the first of them.
+
+        Raises:
+            ValueError: the adapter has a schedule of its own that does not fit.
+        """
+
+    def penalise(self, share: float) -> None:
+        """Leave gradients of what is added to the loss once per optimizer step, whatever the batch.
+
+        Args:
+            share: this rank's part of it, the same on all, for gradients are summed; and their scale.
+        """
+
+    def stepped(self, step: int, finite: Tensor) -> None:
+        """Do what belongs behind an optimizer step, while its gradients (of all ranks, clipped) are still there.
+
+        Args:
+            step: number of steps done, this one included.
+            finite: false (a scalar on the device) if the optimizer has left the step out; so must this.
+        """
 
     def tasks_of(self, x: Tensor) -> Tensor | int:
         """Return the task of every row of a module's input (N,), or the one task of all of them."""

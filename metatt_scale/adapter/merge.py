@@ -65,7 +65,8 @@ def plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear | Conv1D:
 def dequantised_weight(module: nn.Linear) -> Tensor:
     """Return a copy of the weight (output x input) as numbers, whatever bitsandbytes packed it into."""
     weight = module.weight
-    state = getattr(weight, "quant_state", None)
+    # An engine replaces the packed parameter; what its bytes stand for stays with the module.
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter.base import Adapter
+from metatt_scale.adapter.base import HEAD_PREFIX, Adapter
 from metatt_scale.adapter.chain import ChainAdapter
 from metatt_scale.adapter.inject import compute_dtype
+from metatt_scale.adapter.leaves import Leaves
 from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order
 from metatt_scale.adapter.targets import Target, TargetMap, is_linear, widths
 from metatt_scale.files import save_tensors, sha256, write_json
@@ -39,7 +40,7 @@ def save_adapter(
         about: base model, recipe and the like.
         head: parameters of the model, by name, that its files lack: a classifier's head, where it is frozen.
     """
-    tensors = {name: value.cpu().contiguous() for name, value in adapter.tensors().items()}
+    tensors = {name: value.cpu().contiguous() for name, value in adapter.result().items()}
     save_tensors(folder / WEIGHTS, tensors)
     description = {
         "format": _FORMAT,
@@ -129,7 +130,7 @@ def fill(adapter: Adapter, folder: Path) -> None:
         values = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
-    wanted = adapter.shapes()
+    wanted = {name: tuple(value.shape) for name, value in adapter.result().items()}
     found = {name: tuple(value.shape) for name, value in values.items()}
     if found != wanted:
         name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
@@ -138,6 +139,20 @@ def fill(adapter: Adapter, folder: Path) -> None:
             f"makes {wanted.get(name, 'nothing')}; the files do not belong together, take the adapter from a backup"
         )
     adapter.set_values(values)
+
+
+def trained_head(folder: Path) -> Leaves | None:
+    """Return the head that a saved adapter has trained; None where it has none.
+
+    Raises:
+        ValueError: damaged files.
+    """
+    try:
+        values = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
+    head = {name.removeprefix(HEAD_PREFIX): v for name, v in values.items() if name.startswith(HEAD_PREFIX)}
+    return Leaves(head) if head else None
 
 
 def put_head(model: PreTrainedModel, folder: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -33,6 +34,10 @@ class Engine(Protocol):
 
     def finish(self, model: PreTrainedModel) -> None:
         """Shard what no unit held; afterwards the model can be called."""
+        ...
+
+    def gathered(self, model: nn.Module, path: str) -> AbstractContextManager[object]:
+        """Have the weights of the module at this path whole inside a `with` block; all ranks call it."""
         ...
 
 

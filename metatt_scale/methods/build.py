@@ -22,12 +22,17 @@ from metatt_scale.adapter import (
     read_adapter,
     read_targets,
     train_head,
+    trained_head,
 )
-from metatt_scale.backbone import head_tensors
+from metatt_scale.backbone import Engine, head_tensors
+from metatt_scale.methods.adalora import AdaLora
 from metatt_scale.methods.loretta import LorettaAdp, LorettaRep, find_outputs
 from metatt_scale.methods.moe_lora import MoeLora
 from metatt_scale.methods.mtl_lora import MtlLora
+from metatt_scale.methods.peft_methods import Lora, Vera
+from metatt_scale.methods.starts import start_at_weights
 from metatt_scale.methods.whole import Full, HeadOnly, nowhere
+from metatt_scale.parallel import World
 from metatt_scale.recipe import INNER_BONDS, AdapterRecipe, Recipe
 
 
@@ -38,6 +43,8 @@ class Method(NamedTuple):
     """Finds the modules it stands behind; weights may be on the meta device."""
     make: Callable[[TargetMap, Recipe, torch.dtype], Adapter]
     """Makes it for these, computing in this type; it is attached afterwards."""
+    start: Callable[[Adapter, PreTrainedModel, World, Engine | None], None] | None = None
+    """Sets a new one, attached, to values that follow from the frozen weights; all ranks call it together."""
 
 
 def _named(model: PreTrainedModel, recipe: AdapterRecipe) -> TargetMap:
@@ -51,11 +58,22 @@ METHODS = {
     "loretta_rep": Method(_named, LorettaRep),
     "head_only": Method(nowhere, HeadOnly),
     "full": Method(nowhere, Full),
+    "lora": Method(_named, Lora, start_at_weights),
+    "vera": Method(_named, Vera),
+    "adalora": Method(_named, AdaLora),
 }
 
 
-def build_adapter(model: PreTrainedModel, recipe: Recipe) -> Adapter:
+def build_adapter(
+    model: PreTrainedModel, recipe: Recipe, world: World | None = None, engine: Engine | None = None
+) -> Adapter:
     """Freeze the model, and put a new adapter beside it. All ranks of a sharded model call this.
+
+    Args:
+        model: loaded, whole or sharded.
+        recipe: with the adapter's section.
+        world: the ranks; one process where absent.
+        engine: what has sharded the model.
 
     Raises:
         ValueError: the adapter does not fit the model.
@@ -65,6 +83,9 @@ def build_adapter(model: PreTrainedModel, recipe: Recipe) -> Adapter:
     else:
         adapter = make_alone(find(model, recipe.adapter), recipe, compute_dtype(model))
         adapter.attach(model)
+        start = METHODS[recipe.adapter.kind].start
+        if start is not None:
+            start(adapter, model, world or World(device=next(model.parameters()).device), engine)
     _train_head(model, recipe, adapter)
     return adapter
 
@@ -94,9 +115,9 @@ def read_alone(folder: Path, recipe: Recipe) -> Adapter:
     Raises:
         ValueError: damaged files.
     """
-    if recipe.adapter.kind in INNER_BONDS:
-        return read_adapter(folder)
-    adapter = make_alone(read_targets(folder), recipe, torch.float32)
+    is_chain = recipe.adapter.kind in INNER_BONDS
+    adapter = read_adapter(folder) if is_chain else make_alone(read_targets(folder), recipe, torch.float32)
+    adapter.head = trained_head(folder)
     if adapter.targets:  # else it is the model's own weights that train
         fill(adapter, folder)
     return adapter

@@ -67,6 +67,14 @@ class Fsdp2:
             embedding.set_unshard_in_backward(False)
         self._compare()
 
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module, path: str) -> Iterator[None]:
+        """Have the weights of the module at this path whole inside a `with` block; all ranks call it."""
+        parts = path.split(".")
+        above = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1))
+        with _gathered(next(module for module in above if isinstance(module, FSDPModule))):
+            yield
+
     def _compare(self) -> None:
         self._parity.check(self._world, _gathered)
 

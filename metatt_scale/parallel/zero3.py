@@ -87,6 +87,10 @@ class Zero3:
             setattr(model.get_submodule(parent), key, buffer)
         self._parity.check(self._world, self._gathered)
 
+    def gathered(self, model: nn.Module, path: str) -> AbstractContextManager[object]:
+        """Have the weights of the module at this path whole inside a `with` block; all ranks call it."""
+        return self._gathered(model.get_submodule(path))
+
     def _gathered(self, unit: nn.Module) -> AbstractContextManager[object]:
         return self._deepspeed.zero.GatheredParameters(list(unit.parameters()))
 

@@ -13,6 +13,8 @@ INNER_BONDS = {"metatt_4d": 3, "metatt_5d": 4, "metatt_4p1d": 4, "metatt_5p1d": 
 """Kinds that are one tensor train, with the number of their inner bonds."""
 DIAGONAL = ("lorta",)
 """Kinds whose middle cores have diagonal slices: all their bonds have one rank, and no sweep can cut it."""
+LORA_STARTS = ("gaussian", "pissa", "olora")
+"""What `init` can be for `lora`."""
 _LORA_LIKE = {"rank", "alpha", "target_modules", "layers"}
 _READ_BY = {
     **dict.fromkeys(INNER_BONDS, _LORA_LIKE | {"mode_order", "init", "init_std", "operator", "allow_nonzero_start"}),
@@ -20,6 +22,9 @@ _READ_BY = {
     "moe_lora": _LORA_LIKE | {"moe_lora"},
     "loretta_rep": _LORA_LIKE | {"loretta"},
     "loretta_adp": {"alpha", "layers", "loretta"},
+    "lora": _LORA_LIKE | {"init"},
+    "vera": _LORA_LIKE - {"alpha"} | {"vera"},
+    "adalora": _LORA_LIKE | {"adalora"},
     "head_only": set[str](),
     "full": set[str](),
 }
@@ -53,6 +58,33 @@ class LorettaRecipe(Section):
     """Inner width of the bottlenecks of `loretta_adp`."""
 
 
+class AdaLoraRecipe(Section):
+    """How AdaLoRA (Zhang et al. 2023) moves rank between modules; names and meanings are PEFT's."""
+
+    init_r: int | None = Field(default=None, ge=2, le=8192)
+    """Rank of every module at the start; it must be above `adapter.rank`, which is the average at the end (PEFT's
+    `target_r`). One and a half of that when absent."""
+    tinit: int = Field(default=0, ge=0)
+    """Steps before the first triplet is masked."""
+    tfinal: int = Field(default=0, ge=0)
+    """Steps at the end in which the allocation stays as it is."""
+    deltaT: int = Field(default=1, ge=1)
+    """Steps between two allocations."""
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    """Decay rate of the smoothed sensitivity |w dL/dw|."""
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    """Decay rate of its uncertainty."""
+    orth_reg_weight: float = Field(default=0.5, ge=0, le=1e4)
+    """Weight of the regulariser that keeps singular vectors orthonormal. The logged loss is without it."""
+
+
+class VeraRecipe(Section):
+    """What VeRA (Kopiczko et al. 2024) starts from."""
+
+    d_initial: float = Field(default=0.1, gt=0, le=100)
+    """Value of all entries of the trained vector d at the start (b starts at zero)."""
+
+
 class AdapterRecipe(Section):
     """What trains: a tensor train shared by all layers and projections, or what it is compared with."""
 
@@ -67,18 +99,24 @@ class AdapterRecipe(Section):
         "moe_lora",
         "loretta_adp",
         "loretta_rep",
+        "lora",
+        "vera",
+        "adalora",
         "head_only",
         "full",
     ] = "metatt_4d"
     """`metatt_4d`: modes (input, layer, projection, output). `metatt_5d`: the output is split into (head, head
     width). `metatt_4p1d`, `metatt_5p1d`: the same with a core for `tasks` after that for layers (paper eq. 6).
-    `lotr`: (input, layer x projection, output). `lorta`: the CP form of 5D, diagonal slices. `mtl_lora`, `moe_lora`:
-    LoRA whose parts tasks share. `loretta_adp`: bottlenecks of tensor trains behind attention and MLP. `loretta_rep`:
-    LoRA of tensor trains. `head_only`: the classifier's head alone. `full`: every weight, in fp32."""
+    `lotr`: (input, layer x projection, output). `lorta`: the CP form of 5D, diagonal slices. `mtl_lora`,
+    `moe_lora`: LoRA whose parts tasks share. `loretta_adp`: bottlenecks of tensor trains behind attention and MLP.
+    `loretta_rep`: LoRA of tensor trains. By PEFT: `lora`, `vera` (shared random projections, trained vectors),
+    `adalora`. `head_only`: the classifier's head alone. `full`: every weight, in fp32."""
     rank: int | tuple[int, ...] = 16
-    """TT-rank of every inner bond, or one rank per inner bond from left to right; of LoRA-like kinds, the rank."""
+    """TT-rank of every inner bond, or one rank per inner bond from left to right; of LoRA-like kinds, the rank of
+    every module (of `adalora` on average at the end)."""
     alpha: float = Field(default=2.0, gt=0, le=1e4)
-    """Scale of the adapter: y = x W^T + alpha x G1 G2[l] G3[m] G4 (paper eq. 5). No kind divides it by the rank."""
+    """Scale of the adapter: y = x W^T + alpha x G1 G2[l] G3[m] G4 (paper eq. 5). No kind divides it by the rank:
+    what others call LoRA with lora_alpha and r is alpha = lora_alpha / r here (of `adalora`, r at the start)."""
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     """Names of linear modules (matched at the end of the module path), or one regular expression that matches
     whole module paths."""
@@ -89,7 +127,8 @@ class AdapterRecipe(Section):
     init: str | None = None
     """One letter pair per core, joined by `-`: `ze` zeros, `id` identity per slice, `no` normal(0, init_std).
     Absent: zeros for the first core, `no` for the middle ones, `id` for the last (paper, Llama); of `lorta` zeros for
-    the last, `id` for the middle ones, `no` for the first."""
+    the last, `id` for the middle ones, `no` for the first. `lora`: `gaussian` (A normal(0, 1/r), B zero),
+    `pissa`, `olora`; A uniform and B zero when absent."""
     init_std: float = Field(default=0.2, gt=0, le=100)
     """Standard deviation of the letter pair `no`."""
     operator: Literal["fused", "reference"] = "fused"
@@ -100,6 +139,8 @@ class AdapterRecipe(Section):
     mtl_lora: MtlLoraRecipe = MtlLoraRecipe()
     moe_lora: MoeLoraRecipe = MoeLoraRecipe()
     loretta: LorettaRecipe = LorettaRecipe()
+    vera: VeraRecipe = VeraRecipe()
+    adalora: AdaLoraRecipe = AdaLoraRecipe()
 
     @model_validator(mode="after")
     def _check(self) -> AdapterRecipe:
@@ -114,7 +155,14 @@ class AdapterRecipe(Section):
                 f"`rank` is {self.rank}, which {self.moe_lora.experts} experts cannot share equally; give a multiple "
                 "of `moe_lora.experts`"
             )
-        if self.init is not None:
+        if self.kind == "adalora" and isinstance(self.rank, int) and initial_rank(self) <= self.rank:
+            raise ValueError(
+                f"`adalora.init_r` is {initial_rank(self)}, but rank is taken away down to `rank`, {self.rank}; give "
+                "a larger init_r"
+            )
+        if self.init is not None and self.kind == "lora" and self.init not in LORA_STARTS:
+            raise ValueError(f"`init` is {self.init!r}; of lora it can be {', '.join(LORA_STARTS)}, or absent")
+        if self.init is not None and self.kind in INNER_BONDS:
             n_modes = INNER_BONDS[self.kind] + 1
             pairs = self.init.split("-")
             if len(pairs) != n_modes or not set(pairs) <= {"ze", "id", "no"}:
@@ -139,6 +187,14 @@ class AdapterRecipe(Section):
                 shown = f"`{name}` is {value!r}" if not isinstance(value, Section) else f"`{name}` is given"
                 readers = ", ".join(kind for kind, keys in _READ_BY.items() if name in keys)
                 raise ValueError(f"{shown}, which {self.kind} does not read; leave it out (it is for {readers})")
+
+
+def initial_rank(recipe: AdapterRecipe) -> int:
+    """Return the rank r that every module has at the start, of a kind with one rank."""
+    assert isinstance(recipe.rank, int)
+    if recipe.kind != "adalora":
+        return recipe.rank
+    return recipe.adalora.init_r or recipe.rank + max(1, recipe.rank // 2)  # PEFT: 12 to 8
 
 
 def check_ranks(rank: Rank, kind: str | None = None, key: str = "rank") -> None:

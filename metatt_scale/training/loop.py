@@ -82,6 +82,7 @@ class Trainer:
         self.adapter.task = 0 if self.recipe.tasks else None  # of the rows the model is tried with
         self.objective = make_objective(self.recipe, self.model, self.world, self.console)
         self.adapter.task = None
+        self.adapter.begin(self.total_steps)
         self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
         self._launched: deque[_Launched] = deque()
         self._settled_at = 0.0
@@ -157,7 +158,7 @@ class Trainer:
         slices = SliceNorms(chain) if chain is not None and logged else None
         rate = learning_rate(training, step, self.total_steps) * self.sweeps.warmup(step)
         clip(self._gradients(), sums.gradient_norm, training.max_grad_norm)
-        apply(self.optimizer, sums.finite, rate)
+        apply(self.optimizer, sums.finite, rate, lambda: self.adapter.stepped(step + 1, sums.finite))
         self.progress.step += 1
         self.progress.finished = self.progress.step >= self.total_steps
         self._launched.append(_Launched(self.progress.step, epoch, tokens, rate, started, sums, slices))
@@ -207,6 +208,7 @@ class Trainer:
             (loss * (scale / tokens)).backward()
             loss_sum += loss.detach()
             length += int(batch.attention_mask_BS.sum())
+        self.adapter.penalise(scale / self.world.size)
         self.adapter.pull_back()
         if scale != 1.0:
             for gradient in self._gradients():

@@ -6,7 +6,7 @@ Every function here depends on its arguments alone, so replicas that call it wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +80,17 @@ def clip(gradients: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
             gradient.mul_(factor)
 
 
-def apply(optimizer: torch.optim.AdamW, finite: Tensor, rate: float) -> None:
+def apply(
+    optimizer: torch.optim.AdamW, finite: Tensor, rate: float, behind: Callable[[], None] = lambda: None
+) -> None:
     """Do one step, or none at all where `finite` (a scalar on the device) is false, and drop the gradients.
 
     This is how torch's GradScaler has fused optimizers leave out a step: parameters, moments and step counts stay.
+    `behind` is called between the step and the end of the gradients.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()
+    behind()
     optimizer.zero_grad(set_to_none=True)

@@ -132,7 +132,7 @@ def _assemble(
         head_std = recipe.classifier.init_std if recipe.classifier else None
         model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head_std)
     check_trainable(model, data)
-    adapter = build_adapter(model, recipe)
+    adapter = build_adapter(model, recipe, world, engine)
     _report_adapter(adapter, console)
     if world.size > 1:
         console.print(f"{world.size} ranks, backbone: {launch.strategy}", highlight=False)
