@@ -52,7 +52,7 @@ def write_study(folder: Path, monkeypatch, **keys) -> Path:
 def fake_commands(opened, run):
     """What a run is made of here."""
     own = (f"seed={run.seed}", f"output_dir={run.folder}")
-    return [(sys.executable, "-m", "tests.studies", str(opened.recipe), *run.overrides, *own)]
+    return [(sys.executable, "-m", "tests.studies", str(run.recipe), *run.overrides, *own)]
 
 
 def study(path: Path, make_commands=fake_commands, machine=lambda: MACHINE, **options) -> tuple[int, str]:

@@ -74,5 +74,5 @@ def _choose(opened: OpenStudy, arm: str, trials: list[Line]) -> Line:
         raise ValueError(
             f"arm {arm}: {choose.by} was not finite in any trial of {choose.key}; try other values in `choose.values`"
         )
-    best = (max if opened.study.score.prefers_more(choose.by) else min)(finite, key=lambda tried: finite[tried])
+    best = (max if opened.prefers_more(arm, choose.by) else min)(finite, key=lambda tried: finite[tried])
     return {"arm": arm, "chosen": best, "by": choose.by, "means": means}

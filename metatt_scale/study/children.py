@@ -29,7 +29,7 @@ def commands_of(opened: OpenStudy, run: Run) -> list[Command]:
     commands: list[Command] = []
     if not is_trained(run):
         own = (f"seed={run.seed}", f"output_dir={json.dumps(str(run.folder))}")
-        commands.append((*_CLI, "train", str(opened.recipe), *run.overrides, *own))
+        commands.append((*_CLI, "train", str(run.recipe), *run.overrides, *own))
     if tasks := opened.tasks(run):
         commands.append((*_CLI, "evaluate", str(run.folder), "--tasks", ",".join(tasks)))
     return commands

@@ -253,15 +253,16 @@ def _list(agenda: Agenda, opened: OpenStudy, console: Console) -> None:
 
 
 def _write_table(opened: OpenStudy, console: Console) -> None:
-    from metatt_scale.study.table import as_csv, as_markdown
+    from metatt_scale.study import columns, table
 
     agenda = agenda_of(opened, Results(opened.results))
     if not any(agenda.finished.values()):
         console.print("no table yet: no reported run is finished")
         return
-    text = as_markdown(opened, agenda)
+    form = columns if opened.study.recipes else table
+    text = form.as_markdown(opened, agenda)
     write_text(opened.results.with_suffix(".md"), text)
-    write_text(opened.results.with_suffix(".csv"), as_csv(opened, agenda))
+    write_text(opened.results.with_suffix(".csv"), form.as_csv(opened, agenda))
     console.print(text, end="")
 
 

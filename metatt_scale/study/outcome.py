@@ -9,7 +9,7 @@ from typing import Any
 
 from metatt_scale.recipe import validate
 from metatt_scale.study.runs import OpenStudy, Run, digest_of
-from metatt_scale.study.schema import Score
+from metatt_scale.study.schema import HEADLINE, Score
 
 
 def is_trained(run: Run) -> bool:
@@ -34,7 +34,10 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
     metrics, score = run.folder / "metrics.jsonl", opened.study.score
     evaluations = _evaluations(metrics, score)
     scores = {**_numbers(evaluations, score), **_task_scores(run.folder / "results.json", opened.tasks(run))}
-    if missing := [name for name in opened.numbers(run) if name not in scores]:
+    names, headline = opened.numbers(run), opened.headline(run.arm)
+    if HEADLINE in names and headline in scores:
+        scores[HEADLINE] = scores[headline]
+    if missing := [_shown(name, headline) for name in names if name not in scores]:
         raise ValueError(
             f"{metrics} has no {', '.join(missing)}; it has {', '.join(scores) or 'no evaluations'}. Name one of "
             "these in the study file, or give the recipe validation records"
@@ -51,6 +54,10 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
         "ranks": (_ranks(evaluations[-1]) if evaluations else None) or description.get("ranks", []),  # of a chain
         **machine,
     }
+
+
+def _shown(name: str, headline: str) -> str:
+    return f"{name} ({headline})" if name == HEADLINE else name
 
 
 def _description(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metatt_scale.recipe import DataRecipe, Recipe, RecipeError, check, load_recipe, read_mapping
-from metatt_scale.study.schema import Study
+from metatt_scale.study.schema import HEADLINE, Study
 
 _OWN = ("seed", "output_dir")
 # Keys that change neither a bit of a run nor how it is scored.
@@ -31,6 +31,8 @@ class Run:
     """One training run of a study."""
 
     arm: str
+    """Of several recipes ARM@COLUMN."""
+    recipe: Path
     seed: int
     tried: str | None
     """The override that this run tries for its arm; None for a run that is reported."""
@@ -55,18 +57,30 @@ class OpenStudy:
     """A study file that was read and checked, and where its runs and results are."""
 
     study: Study
-    recipe: Path
+    recipes: Mapping[str, Path]
+    """By column; the only one has no name."""
     results: Path
     """NAME.jsonl; the tables stand beside it."""
     runs: Path
+    rows: tuple[str, ...]
+    """The arms of the study file and its grid."""
     arms: Mapping[str, tuple[str, ...]]
-    """Overrides of every arm, those of `base` and `grid` among them."""
+    """Overrides of every row (in every column: ARM@COLUMN), those of `base` and `grid` among them."""
 
     @property
     def candidates(self) -> tuple[str, ...]:
         """The overrides among which each arm chooses; none where nothing is chosen."""
         choose = self.study.choose
         return tuple(_override(choose.key, value) for value in choose.values) if choose else ()
+
+    def headline(self, arm: str) -> str:
+        """Return the number that stands for all of an arm's."""
+        return headline_of(resolve(self._recipe_of(arm), self.arms[arm]))
+
+    def prefers_more(self, arm: str, name: str) -> bool:
+        """Return whether more of a number is better for an arm."""
+        higher = self.study.score.higher_is_better
+        return self.study.score.prefers_more(self.headline(arm) if name == HEADLINE and name not in higher else name)
 
     def numbers(self, run: Run) -> tuple[str, ...]:
         """Return the numbers that a run must have to count as finished."""
@@ -87,13 +101,18 @@ class OpenStudy:
         """Return a run that is reported, with the override that its arm has chosen."""
         return self._run(arm, seed, (*self.arms[arm], *([chosen] if chosen else [])), self.runs / arm)
 
+    def _recipe_of(self, arm: str) -> Path:
+        return self.recipes[arm.rpartition("@")[2] if self.study.recipes else ""]
+
     def _run(self, arm: str, seed: int, overrides: tuple[str, ...], folder: Path, tried: str | None = None) -> Run:
+        recipe = self._recipe_of(arm)
         return Run(
             arm=arm,
+            recipe=recipe,
             seed=seed,
             tried=tried,
             overrides=overrides,
-            digest=digest_of(resolve(self.recipe, overrides)),
+            digest=digest_of(resolve(recipe, overrides)),
             folder=folder / f"seed-{seed}",
         )
 
@@ -107,12 +126,15 @@ def open_study(path: str | Path) -> OpenStudy:
     path = Path(path)
     study = check(read_mapping(path, "study", "recipe"), str(path), Study)
     name = study.name or path.stem
+    rows = _rows(study, path)
+    columns = {column: path.parent / recipe for column, recipe in study.recipes.items()}
     opened = OpenStudy(
         study=study,
-        recipe=path.parent / study.recipe,
+        recipes=columns or {"": path.parent / study.recipe},
         results=path.parent / "results" / f"{name}.jsonl",
         runs=Path(study.runs_dir or f"runs/studies/{name}").expanduser(),
-        arms=_arms(study, path),
+        rows=tuple(rows),
+        arms=_arms(study, rows),
     )
     _check_own_keys(opened, path)
     _check_pairs(opened, path)
@@ -132,8 +154,26 @@ def digest_of(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _arms(study: Study, path: Path) -> dict[str, tuple[str, ...]]:
-    """Return the overrides of every arm at every point of the grid."""
+def headline_of(recipe: Recipe) -> str:
+    """Return the key of metrics.jsonl that a recipe is judged by."""
+    if len(recipe.label_sets) > 1:
+        return "eval_mean"
+    return next((f"eval_{labels.headline}" for labels in recipe.label_sets.values()), "eval_loss")
+
+
+def _arms(study: Study, rows: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return all overrides of every row, in every column."""
+    if not study.recipes:
+        return {row: (*study.base, *own) for row, own in rows.items()}
+    return {
+        f"{row}@{column}": (*study.base, *study.columns.get(column, ()), *own)
+        for row, own in rows.items()
+        for column in study.recipes
+    }
+
+
+def _rows(study: Study, path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the overrides of every arm at every point of the grid, without those of `base`."""
     last = [key.split(".")[-1] for key in study.grid]
     short = {key: key if last.count(name) > 1 else name for key, name in zip(study.grid, last, strict=True)}
     arms: dict[str, tuple[str, ...]] = {}
@@ -142,7 +182,7 @@ def _arms(study: Study, path: Path) -> dict[str, tuple[str, ...]]:
         name = ",".join(filter(None, [arm, *(_file_name(_override(short[key], value)) for key, value in point)]))
         if name in arms:
             raise RecipeError(f"{path}: two arms are named {name}; give every value of `grid` once")
-        arms[name] = (*study.base, *own, *(_override(key, value) for key, value in point))
+        arms[name] = (*own, *(_override(key, value) for key, value in point))
     return arms
 
 
@@ -177,8 +217,8 @@ def _check_own_keys(opened: OpenStudy, path: Path) -> None:
 def _check_pairs(opened: OpenStudy, path: Path) -> None:
     for pair in opened.study.compare:
         for arm in pair:
-            if arm not in opened.arms:
-                raise RecipeError(f"{path}: `compare` names {arm}; the arms are {', '.join(opened.arms)}")
+            if arm not in opened.rows:
+                raise RecipeError(f"{path}: `compare` names {arm}; the arms are {', '.join(opened.rows)}")
         if pair[0] == pair[1]:
             raise RecipeError(f"{path}: `compare` pairs {pair[0]} with itself; name two arms")
 
@@ -193,14 +233,14 @@ def _check_definitions(opened: OpenStudy, path: Path) -> None:
                 raise RecipeError(f"{path}: arms {other} and {arm} define the same runs; remove one of them")
             if tried is not None:
                 trial = opened.trial(arm, tried, opened.study.seeds[0])
-                _check_apart(opened, resolve(opened.recipe, trial.overrides), reported, path)
+                _check_apart(opened, resolve(trial.recipe, trial.overrides), reported, path)
 
 
 def _check_apart(opened: OpenStudy, trial: Recipe, reported: Run, path: Path) -> None:
     """Refuse a choice that would be made on records whose scores are reported."""
     if not opened.study.score.metrics:
         return
-    scored = resolve(opened.recipe, reported.overrides).data
+    scored = resolve(reported.recipe, reported.overrides).data
     if scored.validation_size or _places(scored) & _places(trial.data):
         what = "records split off data.train" if scored.validation_size else "the records of data.validation"
         remedy = (

@@ -7,6 +7,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+HEADLINE = "headline"
+"""As a metric: what each recipe is judged by, whatever that is."""
+MEAN = "mean"
+"""What no column can be called: the mean over all of them."""
 
 
 class _Section(BaseModel):
@@ -25,14 +30,16 @@ class Choose(_Section):
     overrides: tuple[str, ...] = ()
     """Overrides of the trials, after the arm's: they say on which records the trials are scored."""
     by: str = Field(min_length=1)
-    """Key of metrics.jsonl that decides: the value with the best mean over the seeds of its last evaluation."""
+    """Key of metrics.jsonl that decides: the value with the best mean over the seeds of its last evaluation. As in
+    `score.metrics`, `headline` is the recipe's own."""
 
 
 class Score(_Section):
     """The numbers that are reported."""
 
     metrics: tuple[str, ...] = ()
-    """Keys of the evaluations in metrics.jsonl, for example eval_loss."""
+    """Keys of the evaluations in metrics.jsonl, for example eval_loss; or `headline`: of a classifier the score that
+    it is judged by, of several tasks the mean of theirs, of a language model eval_loss."""
     tasks: tuple[str, ...] = ()
     """Tasks that `metatt-scale evaluate` scores after training."""
     higher_is_better: dict[str, bool] = {}
@@ -58,26 +65,30 @@ class Score(_Section):
 
 
 class Study(_Section):
-    """Arms x seeds over one recipe."""
+    """Arms x seeds over one recipe, or over several, which are the columns of the table."""
 
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][\w.-]*)?$")
     """Name of the results; that of the study file when absent."""
-    recipe: str = Field(min_length=1)
-    """Recipe that all runs start from, relative to the study file."""
+    recipe: str = ""
+    """Recipe that all runs start from, relative to the study file; or `recipes`."""
+    recipes: dict[Name, Annotated[str, Field(min_length=1)]] = {}
+    """Several recipes by the names of their columns; every arm is run, and chooses, on each."""
+    columns: dict[str, tuple[str, ...]] = {}
+    """Overrides of every run in a column, after those of `base` and before the arm's."""
     base: tuple[str, ...] = ()
     """Overrides of every run (dotted.key=value, as on the command line)."""
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], tuple[str, ...]] = {}
+    arms: dict[Name, tuple[str, ...]] = {}
     """Overrides of each arm by its name: a letter or digit, then letters, digits and _ . + -"""
     grid: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = {}
     """Values by dotted key; every arm is run at every combination, and named after it."""
     seeds: Seeds
     """Seeds of the reported runs of each arm."""
     choose: Choose | None = None
-    """Choose the value of one key for each arm before its reported runs."""
+    """Choose the value of one key for each arm (on each of several recipes) before its reported runs."""
     score: Score
     """What is reported."""
     compare: tuple[tuple[str, str], ...] = ()
-    """Pairs of arms whose difference is tested over their common seeds."""
+    """Pairs of arms whose difference is tested over their common seeds (on each of several recipes, and the mean)."""
     jobs: int = Field(default=1, ge=1, le=64)
     """Runs at a time; they share the machine's memory."""
     runs_dir: str = ""
@@ -85,6 +96,15 @@ class Study(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Study:
+        if bool(self.recipe) == bool(self.recipes):
+            given = "both `recipe` and `recipes` are" if self.recipe else "neither `recipe` nor `recipes` is"
+            raise ValueError(
+                f"{given} given; name one recipe, or several by their columns, for example `recipes: {{cola: PATH}}`"
+            )
+        if unknown := next((name for name in self.columns if name not in self.recipes), None):
+            raise ValueError(f"`columns` has {unknown}, but `recipes` {', '.join(self.recipes) or 'is not given'}")
+        if MEAN in self.recipes:
+            raise ValueError(f"`recipes` has a column {MEAN}, which is the mean over all of them; call it otherwise")
         if not self.arms and not self.grid:
             raise ValueError("neither `arms` nor `grid` is given; name at least one arm, for example `rank4: [...]`")
         for name, seeds in (("seeds", self.seeds), ("choose.seeds", self.choose.seeds if self.choose else ())):

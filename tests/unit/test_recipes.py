@@ -55,14 +55,14 @@ def architecture(recipe: Recipe) -> dict:
 
 
 def trained_parameters(recipe: Recipe) -> int:
-    """D_in r + D_out r + (L + M) r^2 for queries and values."""
+    """D_in r + D_out r + (L + T + M) r^2 for queries and values; T tasks only where the chain has a core for them."""
     adapter, config = recipe.adapter, architecture(recipe)
-    assert adapter.kind == "metatt_4d" and isinstance(adapter.rank, int)
+    assert adapter.kind == ("metatt_4p1d" if recipe.tasks else "metatt_4d") and isinstance(adapter.rank, int)
     names = {"query", "value"} if recipe.classifier else {"q_proj", "v_proj"}
     assert set(adapter.target_modules) == names and adapter.layers is None
     heads = config["num_attention_heads"]
     widest_output = heads * config.get("head_dim", config["hidden_size"] // heads)
-    middle = config["num_hidden_layers"] + len(adapter.target_modules)
+    middle = config["num_hidden_layers"] + len(recipe.tasks) + len(adapter.target_modules)
     return (config["hidden_size"] + widest_output) * adapter.rank + middle * adapter.rank**2
 
 
@@ -98,6 +98,19 @@ class TestRecipe:
         assert load_recipe(copy) == recipe
         assert dump_recipe(load_recipe(copy)) == dump_recipe(recipe)
         assert yaml.safe_load(copy.read_text(encoding="utf-8"))["output_dir"] == recipe.output_dir
+
+
+@pytest.mark.parametrize(("size", "count"), [("base", 13_376), ("large", 18_240)])
+def test_multitask_recipes_have_the_settings_of_section_3_2(size: str, count: int):
+    """Counts of Table 3 (13.4 and 18.2 thousand)."""
+    path = ROOT / "recipes" / f"roberta_{size}_multitask.yaml"
+    recipe = load_recipe(path)
+    training, adapter, data = recipe.training, recipe.adapter, recipe.data
+    assert trained_parameters(recipe) == count
+    assert (training.epochs, training.batch_size, training.learning_rate, training.max_grad_norm) == (20, 16, 5e-4, 3)
+    assert (adapter.rank, adapter.alpha, training.best_by, data.cutoff_length) == (8, 2.0, "metric", 256)
+    assert [source.limit for source in (*data.train, *data.validation)] == [5000] * 3 + [500] * 3
+    assert [task.headline for task in recipe.tasks.values()] == ["matthews", "accuracy", "accuracy"]
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if "commonsense" in p.stem], ids=relative)
