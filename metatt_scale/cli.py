@@ -219,10 +219,10 @@ def _train(options: Namespace) -> int:
         if not console.quiet:
             print(str(stop), file=sys.stderr)
         return stop.exit_code
-    next_one = f"metatt-scale evaluate {run.folder}, metatt-scale export {run.folder} --to lora"
-    if recipe.classifier:
-        next_one = f"metatt-scale export {run.folder} --to lora"
-    console.print(f"next: {next_one}", soft_wrap=True)
+    form = {"full": "merged", "head_only": "merged", "loretta_adp": "metatt"}.get(recipe.adapter.kind, "lora")
+    task = f" --task {next(iter(recipe.tasks))}" if recipe.tasks else ""
+    evaluate = "" if recipe.classifier else f"metatt-scale evaluate {run.folder}{task}, "
+    console.print(f"next: {evaluate}metatt-scale export {run.folder} --to {form}{task}", soft_wrap=True)
     return 0
 
 

@@ -170,7 +170,7 @@ def model_card(
         "---",
         f"base_model: {json.dumps(description['base_model'])}",
         "library_name: " + {"lora": "peft", "merged": "transformers", "metatt": "metatt_scale"}[to],
-        "tags: [metatt, tensor-train, lora]" if recipe.adapter.kind in INNER_BONDS else f"tags: [{form.lower()}]",
+        f"tags: [{_tags(recipe, form)}]",
         "---",
         "",
         f"# {description['kind']} adapter for {description['base_model']}",
@@ -183,7 +183,7 @@ def model_card(
         f"| adapter | {description.get('summary', description['kind'])}; alpha {description['alpha']} |",
         f"| trained parameters | {description['trainable_parameters']:,}{head} |",
         *_label_lines(recipe, to, task),
-        f"| adapted modules | {len(description['targets'])} ({', '.join(description['projections'])}) |",
+        *_module_lines(description),
         f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",
         f"| training | {description['step']} steps of {recipe.training.batch_size} examples, learning rate "
         f"{recipe.training.learning_rate}, seed {recipe.seed} |",
@@ -192,6 +192,17 @@ def model_card(
         *_score_lines(run_folder(source) / "results.json", recipe, description["weights_sha256"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tags(recipe: Recipe, form: str) -> str:
+    if recipe.adapter.kind in INNER_BONDS:
+        return "metatt, tensor-train, lora"
+    return recipe.adapter.kind if recipe.adapter.kind in ("full", "head_only") else form.lower()
+
+
+def _module_lines(description: Mapping[str, Any]) -> list[str]:
+    names = ", ".join(description["projections"])
+    return [f"| adapted modules | {len(description['targets'])} ({names}) |"] if description["targets"] else []
 
 
 def _label_lines(recipe: Recipe, to: str, task: int | None) -> list[str]:
@@ -204,8 +215,9 @@ def _label_lines(recipe: Recipe, to: str, task: int | None) -> list[str]:
     )
     outputs = list(recipe.label_sets.values())[task].labels if task is not None else recipe.head_outputs
     load = f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={outputs})"
+    start = "that was trained" if recipe.classifier.head == "trained" else "at its random start"
     onto = f"; load this folder on `{load}`" if to == "lora" else ""
-    return [f"| labels | {kind}, by a head at its random start, which is in this folder{onto} |"]
+    return [f"| labels | {kind}, by a head {start}, which is in this folder{onto} |"]
 
 
 def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str) -> list[str]:

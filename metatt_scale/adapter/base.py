@@ -133,8 +133,8 @@ class Adapter(nn.Module):
             ValueError: there are none, or no task is chosen.
         """
         raise ValueError(
-            f"{self.summary()} adds no product of two thin matrices to a weight, so there is no LoRA form; export it "
-            "as `metatt`"
+            f"there is no LoRA form of this adapter ({self.summary()}): it adds no product of two thin matrices to "
+            f"a weight; export it as `{'metatt' if self.targets else 'merged'}`"
         )
 
     def deltas(self) -> Iterator[Tensor]:

@@ -77,6 +77,7 @@ def prepare(
         validation = ValidationData(joined, np.arange(len(joined), dtype=np.int64))
     elif recipe.validation_size:
         validation = ValidationData(table, held_out)
+    _check_every_task(tasks or {}, table, kept, validation)
     counts = {
         "train": train_counts,
         "validation": validation_counts,
@@ -86,6 +87,24 @@ def prepare(
     }
     judged = [] if validation is None else [validation.table]
     return PreparedData(table, mixture, validation, _digest(table, *judged), counts)
+
+
+def _check_every_task(
+    tasks: Mapping[str, TaskRecipe], table: TokenTable, kept: Indices, validation: ValidationData | None
+) -> None:
+    """Refuse a task without an example to learn from, or to be judged by: its mean would be 0 / 0."""
+    parts = [("train on", table, kept)]
+    if validation is not None:
+        parts.append(("be judged by", validation.table, validation.indices))
+    for what, held, indices in parts if tasks else ():
+        assert held.tasks is not None
+        counts = np.bincount(held.tasks[indices], minlength=len(tasks))
+        for name, count in zip(tasks, counts, strict=True):
+            if not count:
+                raise ValueError(
+                    f"task {name!r} has no example to {what}; change `data.validation_size`, or name its files under "
+                    "`data.train` and `data.validation`"
+                )
 
 
 def _digest(*tables: TokenTable) -> str:

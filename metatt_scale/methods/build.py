@@ -21,6 +21,7 @@ from metatt_scale.adapter import (
     load_adapter,
     put_head,
     read_adapter,
+    read_description,
     read_targets,
     train_head,
     trained_head,
@@ -123,6 +124,11 @@ def read_alone(folder: Path, recipe: Recipe) -> Adapter:
     is_chain = recipe.adapter.kind in INNER_BONDS
     adapter = read_adapter(folder) if is_chain else make_alone(read_targets(folder), recipe, torch.float32)
     adapter.head = trained_head(folder)
+    if adapter.n_head != (wanted := read_description(folder).get("head_parameters", 0)):
+        raise ValueError(
+            f"{folder}: holds {adapter.n_head} values of a trained head, metatt.json speaks of {wanted}; the files "
+            "do not belong together, take the adapter from a backup"
+        )
     if adapter.targets:  # else it is the model's own weights that train
         fill(adapter, folder)
     return adapter

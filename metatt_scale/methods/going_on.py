@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metatt_scale.adapter import ChainAdapter, adapter_folder, grown_cores, read_adapter, read_description, read_head
-from metatt_scale.adapter.base import HEAD_PREFIX
-from metatt_scale.adapter.saved import WEIGHTS
+from metatt_scale.adapter import (
+    ChainAdapter,
+    adapter_folder,
+    grown_cores,
+    read_adapter,
+    read_description,
+    read_head,
+    trained_head,
+)
 from metatt_scale.backbone import head_tensors, last_linear
-from metatt_scale.recipe import Recipe, validate
+from metatt_scale.recipe import INNER_BONDS, Recipe, validate
 
 
 def known_tasks(recipe: Recipe) -> tuple[str, ...]:
@@ -32,9 +37,17 @@ def go_on(model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter) -> None
         ValueError: no such adapter, or one of another form.
     """
     assert recipe.adapter.start_from is not None
-    folder = adapter_folder(recipe.adapter.start_from)
-    old, before = read_adapter(folder), _recipe_of(folder)
     try:
+        folder = adapter_folder(recipe.adapter.start_from)
+        before = _recipe_of(folder)
+        if before.adapter.kind not in INNER_BONDS:
+            raise ValueError(f"it is of kind {before.adapter.kind}; a run goes on from {', '.join(INNER_BONDS)}")
+        if recipe.classifier is not None and bool(before.tasks) != bool(recipe.tasks):
+            raise ValueError(
+                "one of the two runs has `tasks` and the other has not, so nobody knows whose labels its head has; "
+                "give both `tasks`, if only one"
+            )
+        old = read_adapter(folder)
         if old.targets != adapter.targets:
             raise ValueError("it stands behind other modules; take its `adapter.target_modules` and backbone")
         if old.alpha != adapter.alpha:
@@ -51,13 +64,9 @@ def _recipe_of(folder: Path) -> Recipe:
     return validate(read_description(folder)["recipe"], f"{folder}/metatt.json")
 
 
-def _head_of(folder: Path) -> dict[str, Tensor]:
-    trained = {
-        name.removeprefix(HEAD_PREFIX): value
-        for name, value in load_file(folder / WEIGHTS).items()
-        if name.startswith(HEAD_PREFIX)
-    }
-    head = trained or read_head(folder)
+def _head_of(folder: Path) -> Mapping[str, Tensor]:
+    trained = trained_head(folder)
+    head = trained.named("") if trained is not None else read_head(folder)
     if head is None:
         raise ValueError("it is no classifier's")
     return head
@@ -80,7 +89,8 @@ def _take_head(
             continue
         for task in theirs.keys() & ours.keys():
             if len(value[theirs[task]]) != len(place[ours[task]]):
-                raise ValueError(f"task {task!r} has other labels there")
+                counts = f"{len(value[theirs[task]])} there and {len(place[ours[task]])} here"
+                raise ValueError(f"{f'task {task!r}' if task else 'the head'} has other labels: {counts}")
             place[ours[task]] = value[theirs[task]].to(place)
 
 

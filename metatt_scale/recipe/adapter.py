@@ -140,7 +140,8 @@ class AdapterRecipe(Section):
 
     start_from: str | None = Field(default=None, min_length=1)
     """Run directory or adapter folder whose chain this run goes on with, in its own recipe: on the same tasks or more
-    (a new one starts from the mean of the slices there are), on the same targets and ranks."""
+    (a new one starts from the mean of the slices there are), on the same targets and ranks. `init` has no say then.
+    Keep the folder until the run has finished: a classifier that is resumed reads its frozen head there."""
     mtl_lora: MtlLoraRecipe = MtlLoraRecipe()
     moe_lora: MoeLoraRecipe = MoeLoraRecipe()
     loretta: LorettaRecipe = LorettaRecipe()
@@ -166,7 +167,10 @@ class AdapterRecipe(Section):
                 "a larger init_r"
             )
         if self.init is not None and self.kind == "lora" and self.init not in LORA_STARTS:
-            raise ValueError(f"`init` is {self.init!r}; of lora it can be {', '.join(LORA_STARTS)}, or absent")
+            raise ValueError(
+                f"`init` is {self.init!r}; of lora it can be {', '.join(LORA_STARTS)}, or absent (on the command "
+                "line: 'adapter={kind: lora, ...}' replaces the whole section)"
+            )
         if self.init is not None and self.kind in INNER_BONDS:
             n_modes = INNER_BONDS[self.kind] + 1
             pairs = self.init.split("-")
@@ -191,7 +195,10 @@ class AdapterRecipe(Section):
                 value = getattr(self, name)
                 shown = f"`{name}` is {value!r}" if not isinstance(value, Section) else f"`{name}` is given"
                 readers = ", ".join(kind for kind, keys in _READ_BY.items() if name in keys)
-                raise ValueError(f"{shown}, which {self.kind} does not read; leave it out (it is for {readers})")
+                raise ValueError(
+                    f"{shown}, which {self.kind} does not read (it is for {readers}); leave it out, on the command "
+                    f"line by replacing the whole section: 'adapter={{kind: {self.kind}, ...}}'"
+                )
 
 
 def initial_rank(recipe: AdapterRecipe) -> int:

@@ -104,6 +104,15 @@ class SamplingRecipe(_Section):
     cap: int | None = Field(default=None, ge=1)
     """At most so many examples of one task in an epoch, others in each."""
 
+    @model_validator(mode="after")
+    def _check(self) -> SamplingRecipe:
+        if self.temperature != 2.0 and self.strategy != "temperature":
+            raise ValueError(
+                f"`temperature` is {self.temperature}, but `strategy` is {self.strategy}; set `strategy: "
+                "temperature`, or leave it out"
+            )
+        return self
+
 
 class DataRecipe(_Section):
     """Records, how they become text, and how the text is cut."""

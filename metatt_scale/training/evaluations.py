@@ -41,7 +41,9 @@ def forgetting(
         before: scores before the first step; empty where the run starts afresh.
         now: the evaluation's.
     """
-    result = {}
+    result: dict[str, float] = {}
+    if recipe.tasks and not tasks:  # a language model that knew no tasks: what it could is not measured here
+        return result
     for task in tasks or ("",):
         key = headline_of(recipe, task)
         if key in before and math.isfinite(now.get(key, math.nan)):

@@ -72,7 +72,7 @@ class Trainer:
     """Tasks of the run that this one goes on from."""
     progress: RunState = field(default_factory=RunState)
     best: dict[str, Tensor] = field(default_factory=dict)
-    """The adapter's tensors at the lowest evaluation loss so far."""
+    """The adapter's tensors at the best evaluation so far."""
 
     def __post_init__(self) -> None:
         training = self.recipe.training

@@ -10,7 +10,7 @@ from metatt_scale.reopen import reopen
 from metatt_scale.training import train
 from tests.model.test_tasks import records, toy_tasks
 from tests.tiny import FLOAT32
-from tests.toy import BERT, UNDROPPED, make_trainer, metrics, quiet, toy_recipe, write_toy
+from tests.toy import BERT, UNDROPPED, make_trainer, metrics, quiet, toy_classifier, toy_recipe, write_toy
 
 FIRST, SECOND = ("even", "sum"), ("digit", "sum", "even")
 
@@ -90,6 +90,16 @@ def test_another_form_is_refused(tmp_path, change, says):
     adapter = {"start_from": str(first.folder), **change["adapter"]}
     with pytest.raises(ValueError, match=says):
         make_trainer(toy_recipe(tmp_path, adapter=adapter))
+
+
+def test_a_run_of_another_kind_or_without_names_for_its_labels_is_refused(tmp_path):
+    low_rank = {"kind": "mtl_lora", "rank": 4}
+    first = train(toy_recipe(tmp_path, output_dir=str(tmp_path / "first"), adapter=low_rank), quiet())
+    with pytest.raises(ValueError, match=r"adapter.start_from .*it is of kind mtl_lora"):
+        make_trainer(toy_recipe(tmp_path, adapter={"start_from": str(first.folder)}))
+    unnamed = train(toy_classifier(tmp_path, output_dir=str(tmp_path / "unnamed")), quiet())
+    with pytest.raises(ValueError, match="give both `tasks`"):
+        make_trainer(recipe_of(tmp_path, ("even", "sum"), start_from=str(unnamed.folder)))
 
 
 def test_a_known_task_may_not_be_left_out(tmp_path):

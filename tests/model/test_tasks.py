@@ -186,6 +186,24 @@ def test_each_task_core_slice_learns_from_its_own_records_alone(tmp_path):
     assert norms[1] > 0 and norms[0] == norms[2] == 0
 
 
+def test_one_named_task_is_scored_like_several(tmp_path):
+    """The first step of sequential learning."""
+    write_toy(tmp_path, config={**BERT, **UNDROPPED})
+    records(tmp_path)
+    source = [{"path": str(tmp_path / "even.jsonl"), "task": "even"}]
+    training = {"max_steps": 3, "keep": "best", "best_by": "metric"}
+    data = {"train": source, "validation": source}
+    run = train(toy_tasks(tmp_path, tasks={"even": {"labels": 2}}, data=data, training=training), quiet())
+    line = metrics(run.folder)[-1]
+    assert line["eval_mean"] == line["eval_even_accuracy"]
+
+
+def test_a_task_without_an_example_is_refused_before_the_first_step(tmp_path):
+    few = {"validation": [], "validation_size": 2}
+    with pytest.raises(ValueError, match="has no example to be judged by"):
+        train(toy_tasks(tmp_path, data=few), quiet())
+
+
 # ---- sampling
 
 
@@ -225,6 +243,7 @@ def test_a_task_of_two_sources_is_one():
         ({"tasks": alike(labels=1, metric="f1")}, "scored by spearman"),
         ({"tasks": {}, "classifier": {"labels": 2}}, "give all sources a task, or none"),
         ({"sampling": {"cap": 0}}, "sampling"),
+        ({"sampling": {"temperature": 5.0}}, "`strategy` is proportional"),
     ],
 )
 def test_what_is_refused(tmp_path, change, says):
