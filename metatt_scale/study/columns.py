@@ -73,8 +73,8 @@ class _Grid:
         return self.opened.prefers_more(f"{self.opened.rows[0]}@{column}", name)
 
     def has_mean(self, name: str) -> bool:
-        """Return whether a mean over columns means anything: more, or less, is better in all of them."""
-        return len({self.prefers_more(column, name) for column in self.columns}) == 1
+        """Return whether a mean over columns means anything: of several, in all of which more, or less, is better."""
+        return len(self.columns) > 1 and len({self.prefers_more(column, name) for column in self.columns}) == 1
 
 
 def as_markdown(opened: OpenStudy, agenda: Agenda) -> str:
@@ -103,7 +103,7 @@ def as_csv(opened: OpenStudy, agenda: Agenda) -> str:
 def _record(grid: _Grid, row: str) -> dict[str, Any]:
     score = grid.opened.study.score
     record: dict[str, Any] = {"arm": row, "trainable_parameters": distinct(_parameters(grid, row))}
-    for column in (*grid.columns, MEAN):
+    for column in (*grid.columns, *([MEAN] if len(grid.columns) > 1 else [])):
         if column != MEAN:
             if grid.opened.study.choose:
                 record[f"{column}_chosen"] = _chosen(grid, row, column)
