@@ -119,6 +119,8 @@ def _key_parts(
     }
     if source.where:
         parts["where"] = source.where
+    if source.limit is not None and source.draw != "first":
+        parts["draw"] = source.draw
     return parts if fields is None else {**parts, "fields": fields}
 
 
@@ -137,7 +139,7 @@ def _tokenize(
             raise ValueError(f"{message}; correct the record, or set `data.on_bad_record: skip`")
         skipped.append(message)
 
-    records = list(read_records(opened, recipe.format, on_bad, source.limit, fields, source.where))
+    records = list(read_records(opened, recipe.format, on_bad, source, fields))
     in_reading = len(skipped)
     if fields is not None:
         table, counts = tokenize_sentences(records, recipe, tokenizer, fields.classes, progress)
@@ -148,7 +150,7 @@ def _tokenize(
         logger.warning("%s: %d records skipped; the first: %s", source.path, len(skipped), skipped[0])
     if not usable:
         reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
-        where = f" with {source.where}" if source.where else ""
+        where = f" with {source.where}{_first_fields(opened)}" if source.where else ""
         raise ValueError(f"data source {source.path!r} holds no usable {recipe.format} record{where}{reason}")
     if not len(table):
         raise ValueError(
@@ -161,6 +163,11 @@ def _tokenize(
             *(source.path, counts["dropped"], usable, recipe.cutoff_length),
         )
     return table, {"records": usable, "skipped": len(skipped), **counts}
+
+
+def _first_fields(opened: OpenSource) -> str:
+    first = next((value for value, _ in opened.read(lambda _: None) if isinstance(value, dict)), None)
+    return "" if first is None else f" (the fields of its first record: {', '.join(map(repr, first))})"
 
 
 def _write_entry(folder: Path, table: TokenTable, meta: dict[str, Any]) -> None:

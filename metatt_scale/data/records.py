@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,21 +81,25 @@ def read_records(
     opened: OpenSource,
     format: Format,
     on_bad: OnBad,
-    limit: int | None = None,
+    source: DataSource,
     fields: Fields | None = None,
-    where: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[Record, str]]:
-    """Yield the first `limit` usable records with their places ("file:line", or "file, record N" in an array).
+    """Yield what the source takes of the usable records, with their places ("file:line", or "file, record N").
 
-    `fields` are those of the sentences format; with `where` only records count that have these values.
+    `fields` are those of the sentences format; records that `source.where` leaves out do not count for its `limit`.
 
     Raises:
         ValueError: a whole file cannot be read (damaged gzip, broken JSON array), whatever `on_bad` does.
     """
     values = opened.read(on_bad)
-    if where:
+    if where := source.where:
         values = ((value, place) for value, place in values if _has(value, where))
-    return islice(_checked(values, format, on_bad, fields), limit)
+    records = _checked(values, format, on_bad, fields)
+    if source.draw == "first" or source.limit is None:
+        return islice(records, source.limit)
+    usable = list(records)
+    drawn = random.Random(0).sample(range(len(usable)), min(source.limit, len(usable)))
+    return (usable[index] for index in sorted(drawn))
 
 
 def _has(value: object, wanted: Mapping[str, Any]) -> bool:
@@ -283,7 +288,8 @@ def _hub_rows(source: DataSource) -> list[Record]:
         import datasets  # slow to import, and only hub ids need it
 
         rows = datasets.load_dataset(source.path, name=source.subset, split=source.split)
-        return [dict(cast(Record, row)) for row in islice(rows, None if source.where else source.limit)]
+        enough = None if source.where or source.draw == "random" else source.limit
+        return [dict(cast(Record, row)) for row in islice(rows, enough)]
     except Exception as error:  # whatever the hub, the network or a data file does wrong
         several = re.search(r"Config name is missing.*?available configs: \[(.*?)\]", str(error), re.DOTALL)
         if several and source.subset is None:

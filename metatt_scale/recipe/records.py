@@ -81,11 +81,19 @@ class DataSource(_Section):
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Passes over this source per epoch: 1 takes each record once, 0.5 a fresh half each epoch, 2 each twice."""
     limit: int | None = Field(default=None, gt=0)
-    """Use only the first so many records."""
+    """Use only so many records: the first, or see `draw`."""
+    draw: Literal["first", "random"] = "first"
+    """Which records `limit` takes. `random`: any, the same ones whatever the recipe's `seed`."""
     where: dict[str, str | int | bool] = Field(default={})
     """Use only records with these values in these fields, for example {source: boolq}."""
     task: str | None = None
     """Name of the task its records are of, one of `tasks`."""
+
+    @model_validator(mode="after")
+    def _check_draw(self) -> DataSource:
+        if self.draw == "random" and self.limit is None:
+            raise ValueError("`draw: random` says which records `limit` takes, but there is no `limit`; set it")
+        return self
 
     @property
     def title(self) -> str:

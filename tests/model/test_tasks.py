@@ -260,5 +260,7 @@ def test_a_task_core_without_tasks_is_refused(tmp_path):
 
 def test_where_nothing_is_is_said(tmp_path):
     source = {"path": str(tmp_path / "data.jsonl"), "where": {"source": "nobody"}}
-    with pytest.raises(ValueError, match=r"with \{'source': 'nobody'\}"):
+    with pytest.raises(
+        ValueError, match=r"with \{'source': 'nobody'\} \(the fields of its first record: 'instruction'"
+    ):
         train(toy_recipe(tmp_path, data={"train": [source]}), quiet())

@@ -80,6 +80,7 @@ def test_everything_that_decides_tokens_is_in_the_key(tmp_path):
         {"train_on_inputs": True},
         {"on_bad_record": "skip"},
         {"source": source.model_copy(update={"limit": 3})},
+        {"source": source.model_copy(update={"limit": 3, "draw": "random"})},
         {"source": write(tmp_path / "b.jsonl", first=1)},
         {"tokenizer": make_tokenizer([*WORDS[:3], *reversed(WORDS[3:])])},
         {"tokenizer": chatty},

@@ -14,14 +14,14 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 ARRAY = json.dumps(RECORDS, indent=1).encode()
 
 
-def read(path, *, skip=None, limit=None, **keys):
+def read(path, *, skip=None, **keys):
     """Read as the cache does: stop at a bad record, or collect the messages in `skip`."""
 
     def stop(message):
         raise ValueError(message)
 
-    opened = open_source(DataSource(path=str(path), **keys))
-    return list(read_records(opened, "instruction", stop if skip is None else skip.append, limit))
+    source = DataSource(path=str(path), **keys)
+    return list(read_records(open_source(source), "instruction", stop if skip is None else skip.append, source))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "A.JSONL"])
@@ -131,6 +131,18 @@ def test_limit_counts_usable_records(tmp_path):
     assert [record for record, _ in read(tmp_path / "a.jsonl", skip=[], limit=2)] == RECORDS[:2]
 
 
+def test_a_limit_can_be_drawn_from_all(tmp_path):
+    many = [{"instruction": f"q{i}", "output": "a"} for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("oops\n" + "".join(json.dumps(record) + "\n" for record in many))
+    drawn = [record for record, _ in read(tmp_path / "a.jsonl", skip=[], limit=20, draw="random")]
+    numbers = [many.index(record) for record in drawn]
+    assert len(set(numbers)) == 20 and numbers == sorted(numbers) and max(numbers) > 50
+    assert drawn == [record for record, _ in read(tmp_path / "a.jsonl", skip=[], limit=20, draw="random")]
+    assert len(read(tmp_path / "a.jsonl", skip=[], limit=1000, draw="random")) == 100
+    with pytest.raises(ValueError, match="no `limit`; set it"):
+        DataSource(path="a.jsonl", draw="random")
+
+
 def test_hub_ids_go_to_datasets(monkeypatch):
     asked = []
 
@@ -184,9 +196,9 @@ def glue(tmp_path, monkeypatch):
 PAIRS = Fields(("sentence1", "sentence2"), "label", 2)
 
 
-def read_pairs(**source):
-    opened = open_source(DataSource(path="nyu-mll/glue", **source))
-    return list(read_records(opened, "sentences", fail_on_bad, None, PAIRS))
+def read_pairs(**keys):
+    source = DataSource(path="nyu-mll/glue", **keys)
+    return list(read_records(open_source(source), "sentences", fail_on_bad, source, PAIRS))
 
 
 def fail_on_bad(message):

@@ -315,5 +315,5 @@ def test_the_command_that_fetches_sentences_writes_what_the_recipe_reads(task, t
     for source in (*data.train, *data.validation):
         assert Path(source.path).read_bytes().startswith(b"\x1f\x8b")
         assert [
-            record for record, _ in read_records(open_source(source), data.format, pytest.fail, None, fields)
+            record for record, _ in read_records(open_source(source), data.format, pytest.fail, source, fields)
         ] == rows
