@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
-from metatt_scale.adapter.base import HEAD_PREFIX, Adapter, LoraPair
+from metatt_scale.adapter.base import HEAD_PREFIX, NO_TASK, Adapter, LoraPair
 from metatt_scale.adapter.folding import ROOM, Fold, Operand, Operands, factors_at, fold, folding_pays
 from metatt_scale.adapter.modes import ChainSpec, factors
 from metatt_scale.adapter.placed import Placed, place
@@ -181,12 +181,12 @@ class ChainAdapter(Adapter):
         a, c, b = operands
         if self.reference:
             assert c is not None
-            return operator.reference(y, x, a.leaf, c.leaf, b.leaf, self._rows_of(x))
+            return operator.reference(y, x, a.leaf, c.leaf, b.leaf, self._mixed_tasks())
         h = self._project(x, a)
-        task_N = self._rows_of(x)
-        if task_N is not None:
+        tasks = self._mixed_tasks()
+        if tasks is not None:
             assert c is not None
-            h, c = operator.mix_by_task(h, c.leaf, c.copy, task_N), None
+            h, c = operator.mix_by_task(h, c.leaf, c.copy, tasks), None
         if not torch.is_grad_enabled():
             return operator.add_product(y, h if c is None else h @ c.copy, b.copy)
         # A compiled graph has no use for writing in place, and cannot trace it here.
@@ -195,13 +195,13 @@ class ChainAdapter(Adapter):
             return operator.add_folded(y, h, b.leaf, b.copy, in_place=in_place)
         return operator.add_thin_first(y, h, c.leaf, b.leaf, c.copy, b.copy, in_place=in_place)
 
-    def _rows_of(self, x: Tensor) -> Tensor | None:
-        """Return the task of every row where they may differ."""
+    def _mixed_tasks(self) -> Tensor | None:
+        """Return the tasks of a batch that may mix them, (B, S) or (B, 1)."""
         if not self._mixes_tasks:
             return None
-        task_N = self.tasks_of(x)
-        assert isinstance(task_N, Tensor)
-        return task_N
+        if self.row_tasks is None:
+            raise ValueError(NO_TASK)
+        return self.row_tasks
 
     def _project(self, x: Tensor, a: Operand) -> Tensor:
         """Return x A, once for neighbours that read the same x (Q, K and V; gate and up)."""

@@ -8,7 +8,7 @@ thin gradients of all three are summed before its backward touches the wide dime
 The rest of the chain has two orders. Thin first, (h C) B, for few rows; with C folded into B once per step, h M, when
 the rows are many (see folding.py). Both write into the base output with `addmm`.
 
-Shape legend: N rows (batch x sequence), I input width, O output width, P, Q bonds (thin), T tasks.
+Shape legend: B examples, S positions, N rows (B x S), I input width, O output width, P, Q bonds (thin), T tasks.
 """
 
 from __future__ import annotations
@@ -110,7 +110,31 @@ def add_thin_first(
     return result
 
 
-class _MixByTask(Function):
+class _MixExamples(Function):
+    """u[b] = h[b] C[task[b]] for whole examples: as many multiplications as with one task. Saves h."""
+
+    @staticmethod
+    def forward(ctx: Any, h_BSP: Tensor, c_leaf: Tensor, c_TPQ: Tensor, task_B: Tensor) -> Tensor:
+        ctx.save_for_backward(h_BSP, c_TPQ, task_B)
+        ctx.leaf_dtype = c_leaf.dtype
+        return h_BSP @ c_TPQ[task_B]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h_BSP, c_TPQ, task_B = ctx.saved_tensors
+        (du_BSQ,) = grads
+        dh_BSP = du_BSQ @ c_TPQ[task_B].mT if ctx.needs_input_grad[0] else None
+        dc_TPQ = None
+        if ctx.needs_input_grad[1]:
+            dc_BPQ = (h_BSP.mT @ du_BSQ).to(ctx.leaf_dtype)
+            # A product with 0 and 1, for sums by index come in any order on a GPU.
+            own_TB = (torch.arange(len(c_TPQ), device=task_B.device)[:, None] == task_B).to(dc_BPQ.dtype)
+            dc_TPQ = (own_TB @ dc_BPQ.flatten(1)).view(c_TPQ.shape)
+        return dh_BSP, dc_TPQ, None, None
+
+
+class _MixRows(Function):
     """u[n] = h[n] C[task[n]]. Saves h; products with the C of all tasks, of which each row keeps its own."""
 
     @staticmethod
@@ -146,7 +170,7 @@ def _own_product(h: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Tensor:
     return u_NQ.view(*h.shape[:-1], q)
 
 
-def mix_by_task(h: Tensor, c_leaf: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Tensor:
+def mix_by_task(h: Tensor, c_leaf: Tensor, c_TPQ: Tensor, tasks: Tensor) -> Tensor:
     """Return u[n] = h[n] C[task[n]], each row through the middle product of its own task, in one batched product.
 
     Differentiable in h and in the leaf behind C. (paper eq. 6: x G1 G2[l] G3[t] G4[m] G5)
@@ -155,22 +179,27 @@ def mix_by_task(h: Tensor, c_leaf: Tensor, c_TPQ: Tensor, task_N: Tensor) -> Ten
         h: (..., P) projected rows.
         c_leaf: receives the gradient of C.
         c_TPQ: middle products of all tasks.
-        task_N: int64 index of each row's task, as many as h has rows.
+        tasks: int64 index of each row's task (B, S), or of each example's (B, 1), which is T times cheaper.
     """
-    u: Tensor = _MixByTask.apply(h, c_leaf, c_TPQ, task_N)  # type: ignore[assignment]
+    u: Tensor
+    if h.dim() == 3 and tasks.shape == (len(h), 1):
+        u = _MixExamples.apply(h, c_leaf, c_TPQ, tasks[:, 0])  # type: ignore[assignment]
+    else:
+        u = _MixRows.apply(h, c_leaf, c_TPQ, tasks.expand(h.shape[:-1]).reshape(-1))  # type: ignore[assignment]
     return u
 
 
-def reference(y: Tensor, x: Tensor, a_IP: Tensor, c_PQ: Tensor, b_QO: Tensor, task_N: Tensor | None = None) -> Tensor:
+def reference(y: Tensor, x: Tensor, a_IP: Tensor, c_PQ: Tensor, b_QO: Tensor, tasks: Tensor | None = None) -> Tensor:
     """Return y + x A C B by plain differentiable operations: what the others are compared with.
 
     With tasks, C is (T, P, Q), and each row goes through that of its own.
     """
     dtype = torch.promote_types(x.dtype, y.dtype)
     h = x.to(dtype) @ a_IP.to(dtype)
-    if task_N is None:
+    if tasks is None:
         u = h @ c_PQ.to(dtype)
     else:
+        task_N = tasks.expand(h.shape[:-1]).reshape(-1)
         u = (h.flatten(0, -2)[:, None] @ c_PQ.to(dtype)[task_N]).squeeze(1).view(*h.shape[:-1], -1)
     return y + (u @ b_QO.to(dtype)).to(y.dtype)
 

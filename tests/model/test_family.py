@@ -161,13 +161,14 @@ def of_task(adapter, cores, task):
 @pytest.mark.parametrize("kind, order", task_cases())
 @pytest.mark.parametrize("arithmetic", ["fused", "reference"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_mixed_batch_is_its_examples_one_task_at_a_time(kind, order, arithmetic, checkpointing):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_mixed_batch_is_its_examples_one_task_at_a_time(kind, order, arithmetic, checkpointing, per_token):
     plain, adapted, adapter = pair(kind, n_tasks=3, mode_order=order)
     adapter.reference = arithmetic == "reference"
     if checkpointing:
         enable_checkpointing(adapted)
     ids = tokens(batch=5)
-    adapter.row_tasks = TASKS[:, None]
+    adapter.row_tasks = TASKS[:, None].expand_as(ids) if per_token else TASKS[:, None]
     logits = adapted(ids).logits
     logits.square().sum().backward()
     adapter.pull_back()
