@@ -119,14 +119,17 @@ def fold(
         return made[key]
 
     products = _products(all_factors, targets, dtype) if into_b else {}
+    # Taken apart once: picking each module's slice would fill a gradient of the whole factor with zeros for each.
+    slices = [[of_layer.unbind(0) for of_layer in factor.unbind(0)] for factor in all_factors]
     for index, target in enumerate(targets):
-        place_a, place_c, place_b = (_place(factor, target) for factor in all_factors)
-        a = operand(("a", place_a, target.d_in), all_factors.a_LMIP[place_a][: target.d_in])
+        places = [_place(factor, target) for factor in all_factors]
+        a_IP, c_PQ, b_QO = (of[layer][projection] for of, (layer, projection) in zip(slices, places, strict=True))
+        a = operand(("a", places[0], target.d_in), a_IP[: target.d_in])
         if into_b:
             result.modules.append(Operands(a, None, operand(("m", index), *products[index])))
             continue
-        c = operand(("c", place_c), all_factors.c_LMPQ[place_c])
-        b = operand(("b", place_b, target.d_out), all_factors.b_LMQO[place_b][:, : target.d_out])
+        c = operand(("c", places[1]), c_PQ)
+        b = operand(("b", places[2], target.d_out), b_QO[:, : target.d_out])
         result.modules.append(Operands(a, c, b))
     return result
 

@@ -106,13 +106,15 @@ def test_the_order_with_fewer_multiplications_is_taken(bonds, rows):
     assert not folding_pays(bonds, targets, rows, p * 768 * 2 - 1, 2), "no room"
 
 
-def test_each_row_meets_the_middle_product_of_its_task():
+@pytest.mark.parametrize("tasks", [[[0, 0, 3, 1, 1], [2, 2, 2, 3, 0]], [[3], [1]]], ids=["rows", "examples"])
+def test_each_row_meets_the_middle_product_of_its_task(tasks):
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     c = torch.randn(4, 3, 6, dtype=torch.float64, generator=generator, requires_grad=True)
-    task = torch.tensor([0, 0, 3, 1, 1, 2, 2, 2, 3, 0])
-    found = operator.mix_by_task(h, c, c.detach(), task)
-    expected = torch.stack([row @ c[t] for row, t in zip(h.flatten(0, 1), task, strict=True)]).view(2, 5, 6)
+    tasks = torch.tensor(tasks)
+    found = operator.mix_by_task(h, c, c.detach(), tasks)
+    of_rows = tasks.expand(2, 5).flatten()
+    expected = torch.stack([row @ c[t] for row, t in zip(h.flatten(0, 1), of_rows, strict=True)]).view(2, 5, 6)
     assert torch.allclose(found, expected, rtol=FLOAT64, atol=FLOAT64)
     direction = torch.randn(2, 5, 6, dtype=torch.float64, generator=generator)
     gradients = [torch.autograd.grad((u * direction).sum(), (h, c), retain_graph=True) for u in (found, expected)]
