@@ -24,9 +24,9 @@ from metatt_scale.training.loss import token_loss_sum
 FROZEN = "frozen"
 """Name of the floor."""
 CHAINS = {"metatt_4d": "MetaTT-4D", "metatt_5d": "MetaTT-5D", "metatt_4p1d": "MetaTT-(4+1)D"}
+"""Kinds of chains that are measured, at every rank asked for."""
 TASKS = 3
 """Of MetaTT-(4+1)D (paper, table 3)."""
-"""Kinds of chains that are measured, at every rank asked for."""
 LORA_RANKS = (8, 16, 64)
 LORA_ALPHA = 16
 VERA_RANK = 256
