@@ -175,6 +175,11 @@ class Adapter(nn.Module):
             finite: false (a scalar on the device) if the optimizer has left the step out; so must this.
         """
 
+    @property
+    def settled(self) -> bool:
+        """Whether its ranks are those it ends with by itself; an evaluation before that is not the best to keep."""
+        return True
+
     def tasks_of(self, x: Tensor) -> Tensor | int:
         """Return the task of every row of a module's input (N,), or the one task of all of them."""
         if self.chosen is not None:

@@ -152,7 +152,7 @@ def _label_problem(record: Record, fields: Fields) -> str | None:
     shown = f"{label!r} ({_kind(label)})" if isinstance(label, str | float) else _kind(label)
     if fields.classes == 1:
         if isinstance(label, bool) or not isinstance(label, int | float):
-            return f"has {shown} in field {fields.label!r}, which must be a number (`classifier.labels` is 1)"
+            return f"has {shown} in field {fields.label!r}, which must be a number (`labels` is 1)"
         if not -_LARGEST <= label <= _LARGEST:  # JSON as Python reads it also has NaN and Infinity
             return f"has {str(label)[:40]} in field {fields.label!r}, which must be finite in 32 bits"
         return None
@@ -162,7 +162,7 @@ def _label_problem(record: Record, fields: Fields) -> str | None:
         unlabelled = "; -1 marks records without a label, as in GLUE's test splits: name a split that has them"
         return (
             f"has the class {label} in field {fields.label!r}, but classes run from 0 to {fields.classes - 1} "
-            f"(`classifier.labels` is {fields.classes}){unlabelled if label == -1 else ''}"
+            f"(`labels` is {fields.classes}){unlabelled if label == -1 else ''}"
         )
     return None
 

@@ -105,6 +105,11 @@ class AdaLora(PeftAdapter):
         self._total_steps = total_steps
         self._allocator.set_total_step(total_steps)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the last rank has been taken away."""
+        return bool(self._allocated)
+
     def penalise(self, share: float) -> None:
         """Leave gradients of weight * mean over all A and B of |A A^T - 1|, |B^T B - 1| (Frobenius), their eq. 4."""
         if not self._settings.orth_reg_weight:

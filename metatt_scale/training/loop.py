@@ -306,6 +306,8 @@ class Trainer:
 
     def _judge(self, scores: dict[str, float]) -> None:
         """Remember the best values, and stop early where the recipe says so."""
+        if not self.adapter.settled:
+            return
         improved, stopped = judge(self.progress, self.recipe.training, self.objective.headline, scores)
         if improved:
             self.best = {name: value.clone() for name, value in self.adapter.tensors().items()}

@@ -247,6 +247,16 @@ def penalty_of(model):
 # ---- AdaLoRA's allocation
 
 
+def test_no_evaluation_above_the_final_rank_is_the_best(tmp_path):
+    trainer = make_trainer(recipe_of(tmp_path, "adalora", training={"max_steps": 6}))
+    trainer.adapter.begin(6)
+    trainer._judge({"eval_loss": 0.1})
+    assert trainer.progress.best_step is None and not trainer.best
+    trainer.adapter.stepped(6, torch.tensor(True))
+    trainer._judge({"eval_loss": 0.2})
+    assert trainer.progress.best_loss == 0.2 and trainer.best
+
+
 def test_a_step_that_is_not_finite_allocates_nothing(tmp_path):
     """Also the final allocation waits for a step that is."""
     trainer = make_trainer(recipe_of(tmp_path, "adalora", training={"max_steps": 6}))
@@ -265,7 +275,7 @@ def test_a_step_that_is_not_finite_allocates_nothing(tmp_path):
     before = {name: value.clone() for name, value in adapter.tensors().items()}
     adapter.stepped(4, no)
     assert all(torch.equal(value, before[name]) for name, value in adapter.tensors().items())
-    assert not adapter.history()["allocated"]
+    assert not adapter.history()["allocated"] and not adapter.settled
     adapter.stepped(5, yes)
     masks = [value for name, value in adapter.history().items() if name.endswith(".mask")]
     assert adapter.history()["allocated"] and sum(int(mask.sum()) for mask in masks) == 4 * len(adapter.targets)

@@ -104,7 +104,7 @@ def test_the_best_by_its_metric_is_kept_and_patience_counts_by_it(tmp_path, monk
 @pytest.mark.parametrize(
     ("label", "says"),
     [
-        ('"2.5"', "has '2.5' (a string) in field 'label', which must be a number (`classifier.labels` is 1)"),
+        ('"2.5"', "has '2.5' (a string) in field 'label', which must be a number (`labels` is 1)"),
         ("true", "has a boolean in field 'label', which must be a number"),
         ("null", "has null in field 'label', which must be a number"),
         ("[1]", "has an array in field 'label', which must be a number"),
