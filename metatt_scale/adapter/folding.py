@@ -126,10 +126,9 @@ def fold(
         a_IP, c_PQ, b_QO = (of[layer][projection] for of, (layer, projection) in zip(slices, places, strict=True))
         a = operand(("a", places[0], target.d_in), a_IP[: target.d_in])
         if into_b:
-            result.modules.append(Operands(a, None, operand(("m", index), *products[index])))
-            continue
-        c = operand(("c", places[1]), c_PQ)
-        b = operand(("b", places[2], target.d_out), b_QO[:, : target.d_out])
+            c, b = None, operand(("m", index), *products[index])
+        else:
+            c, b = operand(("c", places[1]), c_PQ), operand(("b", places[2], target.d_out), b_QO[:, : target.d_out])
         result.modules.append(Operands(a, c, b))
     return result
 

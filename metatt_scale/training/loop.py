@@ -319,9 +319,8 @@ class Trainer:
         """Return the scores over the validation records, `eval_loss` (nats) first."""
         assert self.data.validation is not None
         self.model.eval()
-        tasks = tuple(self.recipe.tasks)
-        scores = evaluate_tasks(self.objective, self.adapter, tasks, self.data.validation, self._own_batches)
-        self.model.train()
+        data, tasks = self.data.validation, tuple(self.recipe.tasks)
+        scores = evaluate_tasks(self.objective, self.adapter, tasks, data, self._own_batches)
         return scores
 
     def _save(self) -> None:
