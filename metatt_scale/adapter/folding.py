@@ -111,9 +111,8 @@ def fold(
 
     def operand(key: tuple[Any, ...], node: Tensor, copy: Tensor | None = None) -> Operand:
         if key not in made:
-            if copy is None:
-                copy = node.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-            made[key] = Operand(_leaf(node, with_values), copy)
+            own = node.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) if copy is None else copy
+            made[key] = Operand(_leaf(node, with_values), own)
             if node.requires_grad:
                 result.pairs.append((get_gradient_edge(node), made[key].leaf))
         return made[key]

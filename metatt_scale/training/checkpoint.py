@@ -169,8 +169,8 @@ def take_snapshot(
     )
 
 
-def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
-    """Write `step-N` below `root` and remove all but the newest `keep` that are whole.
+def save(root: Path, snapshot: Snapshot, recipe: Recipe) -> Path:
+    """Write `step-N` below `root` and remove all but the newest `training.keep_checkpoints` that are whole.
 
     Later steps are there only where they were passed over as damaged; they go too.
     """
@@ -184,7 +184,7 @@ def save(root: Path, snapshot: Snapshot, recipe: Recipe, keep: int) -> Path:
     found = list_checkpoints(root)
     whole = [path for path in found[: found.index(folder) + 1] if _is_whole(path)]
     for old in found:
-        if old not in whole[-keep:]:
+        if old not in whole[-recipe.training.keep_checkpoints :]:
             shutil.rmtree(old)
     for leftover in root.glob(".step-*"):  # a run killed while writing
         shutil.rmtree(leftover, ignore_errors=True)

@@ -321,6 +321,7 @@ class Trainer:
         self.model.eval()
         data, tasks = self.data.validation, tuple(self.recipe.tasks)
         scores = evaluate_tasks(self.objective, self.adapter, tasks, data, self._own_batches)
+        self.model.train()
         return scores
 
     def _save(self) -> None:
@@ -328,8 +329,7 @@ class Trainer:
             snapshot = checkpoint.take_snapshot(
                 self.adapter, self.optimizer, self.progress, self.best, self.inputs, self.world.size
             )
-            keep = self.recipe.training.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe, keep)
+            checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe)
 
         self.world.on_first(write)
 

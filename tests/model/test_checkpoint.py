@@ -40,7 +40,7 @@ def test_round_trip(tmp_path):
     progress = RunState(step=7, skipped=2, skipped_in_a_row=1, best_loss=0.1 + 0.2, best_step=3, target_tokens=99)
     best = {name: torch.full_like(core, 0.5) for name, core in trainer.adapter.trained().items()}
     taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest", 1)
-    folder = checkpoint.save(tmp_path / "checkpoints", taken, recipe, keep=2)
+    folder = checkpoint.save(tmp_path / "checkpoints", taken, recipe)
     assert (folder.name, sorted(os.listdir(folder))) == (
         "step-000007",
         ["COMPLETE", "state.json", "state.safetensors"],
@@ -77,7 +77,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     recipe = toy_recipe(tmp_path)
     trainer = make_trainer(recipe)
     taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), {}, "digest", 1)
-    folder = checkpoint.save(tmp_path, taken, recipe, keep=2)
+    folder = checkpoint.save(tmp_path, taken, recipe)
     loaded = checkpoint.load(folder, recipe, trainer.adapter.shapes())
     assert loaded.moments == {} and loaded.best == {}
     trainer.install(loaded.values, loaded.moments)
@@ -99,21 +99,21 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     assert sorted(os.listdir(root)) == ["mine", *STEPS, "step-best"]
 
 
-def save_at(root, recipe, trainer, step, keep=2):
+def save_at(root, recipe, trainer, step):
     taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(step=step), {}, "digest", 1)
-    return checkpoint.save(root, taken, recipe, keep)
+    return checkpoint.save(root, taken, recipe)
 
 
 def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path):
-    recipe = toy_recipe(tmp_path)
+    recipe, more = toy_recipe(tmp_path), toy_recipe(tmp_path, training={"keep_checkpoints": 9})
     trainer, root = make_trainer(recipe), tmp_path / "checkpoints"
     save_at(root, recipe, trainer, 2)
     for step in (4, 6):
-        save_at(root, recipe, trainer, step, keep=9)
+        save_at(root, more, trainer, step)
         (root / f"step-{step:06d}" / "COMPLETE").unlink()
     save_at(root, recipe, trainer, 3)  # resumed after step 2, stopped by a signal after step 3
     assert names(root) == ["step-000002", "step-000003"]
-    save_at(root, recipe, trainer, 5, keep=9)
+    save_at(root, more, trainer, 5)
     (root / "step-000005" / "state.json").unlink()
     save_at(root, recipe, trainer, 7)
     assert names(root) == ["step-000003", "step-000007"]
