@@ -52,6 +52,8 @@ MODELS = {
     ),
 }
 """name -> (config class, its arguments, the paper's targets, other targets)."""
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+"""Input widths of whole 64-blocks, which 4-bit storage on a CPU needs."""
 
 
 def tiny_model(name, *, seed=0, dtype=torch.float32, **changes):
@@ -76,3 +78,8 @@ def randomise(adapter, seed=0, scale=0.3):
     """Give every core random values, so that no factor is zero or an identity."""
     generator = torch.Generator().manual_seed(seed)
     adapter.set_cores([scale * torch.randn(c.shape, generator=generator, dtype=c.dtype) for c in adapter.cores])
+
+
+def relative(got, expected):
+    """Relative error in the norm."""
+    return ((got - expected).norm() / expected.norm()).item()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,82 +12,15 @@ import datasets
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from metatt_scale.data.templates import llm_adapters_prompt
 from metatt_scale.evaluation import evaluate, harness, read_scores
-from metatt_scale.evaluation.generate import continue_tokens, generate
-from metatt_scale.evaluation.llm_adapters import MAX_NEW_TOKENS, extract_answer
 from metatt_scale.evaluation.tasks import TASKS_FOLDER, build_task, load_definition
 from metatt_scale.parallel import World
-from metatt_scale.recipe import EvaluationRecipe
+from tests.questions import METRICS, questions, recipe, write
 
+pytestmark = pytest.mark.usefixtures("no_network")
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "lm_eval"
-METRICS = {
-    "boolq": "acc", "piqa": "acc_norm", "social_iqa": "acc", "hellaswag": "acc_norm", "winogrande": "acc",
-    "arc_easy": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm",
-}  # fmt: skip
-WORDS = "red green blue stone water bird tree house runs sleeps a very long answer indeed".split()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1, **{letter: i + 2 for i, letter in enumerate(alphabet)}}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=2048, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def sentence(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
-
-
-def questions(task: str, n: int = 12) -> list[dict[str, Any]]:
-    rng = random.Random(task)
-    match task:
-        case "boolq":
-            return [{"question": sentence(rng), "passage": sentence(rng), "label": i % 2} for i in range(n)]
-        case "piqa":
-            return [
-                {"goal": sentence(rng), "sol1": sentence(rng), "sol2": sentence(rng), "label": i % 2}
-                for i in range(n)
-            ]
-        case "social_iqa":
-            names = ("context", "question", "answerA", "answerB", "answerC")
-            return [{**{name: sentence(rng) for name in names}, "label": str(1 + i % 3)} for i in range(n)]
-        case "hellaswag":
-            return [
-                {
-                    "activity_label": "Building [title]", "ctx_a": f"A [step] {sentence(rng)}.", "ctx_b": "the bird",
-                    "endings": [f"[header] {sentence(rng)}  {k}" for k in range(4)], "label": str(i % 4),
-                }
-                for i in range(n)
-            ]  # fmt: skip
-        case "winogrande":
-            return [
-                {
-                    "sentence": f"The stone hit the bird so _ {sentence(rng)}.",
-                    "option1": "stone", "option2": "bird it", "answer": str(1 + i % 2),
-                }
-                for i in range(n)
-            ]  # fmt: skip
-        case _:
-            stem = "question_stem" if task == "openbookqa" else "question"
-            choices = {"text": ["red", "a blue tree", "water", "green"], "label": ["A", "B", "C", "D"]}
-            return [{stem: sentence(rng), "choices": choices, "answerKey": "ABCD"[i % 4]} for i in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +29,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in METRICS:
         write(folder / f"{task}.jsonl", questions(task))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionError("no network in tests")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-
-
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def recipe(data: Path | None, *tasks: str, **changes: Any) -> EvaluationRecipe:
-    return EvaluationRecipe(tasks=tasks, data=None if data is None else str(data), **changes)
 
 
 def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
@@ -146,24 +61,24 @@ def requests(task: str, doc: dict[str, Any]) -> tuple[list[tuple[str, str]], lis
 
 @pytest.mark.parametrize("task", ["social_iqa", "winogrande", "boolq", "piqa"])
 def test_against_independent_log_likelihoods(
-    task: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path
+    task: str, byte_llama: LlamaForCausalLM, byte_bpe: PreTrainedTokenizerFast, data: Path, tmp_path: Path
 ) -> None:
     expected = {"acc": "", "acc_norm": ""}
     for doc in questions(task):
         pairs, choices, right = requests(task, doc)
-        values = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
+        values = [log_likelihood(byte_llama, byte_bpe, *pair) for pair in pairs]
         normed = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
         expected["acc"] += str(int(values.index(max(values)) == right))
         expected["acc_norm"] += str(int(normed.index(max(normed)) == right))
     settings = recipe(data, task, batch_size=5)
-    score = evaluate(model, tokenizer, settings, tmp_path / "r.json", "zero-shot", "f")[task]
+    score = evaluate(byte_llama, byte_bpe, settings, tmp_path / "r.json", "zero-shot", "f")[task]
     assert score.samples == expected
     assert score.metric == METRICS[task]
     assert score.n == 12
 
 
 def test_logits_of_the_last_positions_give_the_stock_numbers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    byte_llama: LlamaForCausalLM, byte_bpe: PreTrainedTokenizerFast
 ) -> None:
     """Lengths of all kinds, shared contexts, and prompts beyond the model's positions."""
     from lm_eval.models.huggingface import HFLM
@@ -176,11 +91,11 @@ def test_logits_of_the_last_positions_give_the_stock_numbers(
         context = [rng.randrange(2, 200) for _ in range(rng.randint(1, 30))]
         tail = [rng.randrange(2, 200) for _ in range(rng.randint(0, 6))]
         pairs += [(("", ""), context, [*tail, rng.randrange(2, 200)]) for _ in range(rng.randint(1, 3))]
-    tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token
+    tokenizer = copy.deepcopy(byte_bpe)  # the harness adds a padding token
     advanced: list[int] = []
-    ours: Any = Scorer(model, tokenizer, 7, World(device=torch.device("cpu")), advanced.append)
+    ours: Any = Scorer(byte_llama, tokenizer, 7, World(device=torch.device("cpu")), advanced.append)
     stock_class: Any = HFLM
-    stock = stock_class(pretrained=model, tokenizer=tokenizer, batch_size=7)
+    stock = stock_class(pretrained=byte_llama, tokenizer=tokenizer, batch_size=7)
     for longest in (2048, 20):
         ours._max_length = stock._max_length = longest
         got = ours._loglikelihood_tokens(pairs)
@@ -194,8 +109,8 @@ def test_logits_of_the_last_positions_give_the_stock_numbers(
 
 
 def test_resume_modes_and_random_state(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    byte_llama: LlamaForCausalLM,
+    byte_bpe: PreTrainedTokenizerFast,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -215,31 +130,31 @@ def test_resume_modes_and_random_state(
     monkeypatch.setattr(harness, "_answers", killed)
     results = tmp_path / "results.json"
     settings = recipe(data, "social_iqa", "piqa", limit=5)
-    model.train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
+    byte_llama.train()
+    byte_llama.model.layers[0].eval()
+    modes = [module.training for module in byte_llama.modules()]
     state = torch.get_rng_state(), random.getstate()
     try:
         with pytest.raises(KeyboardInterrupt):
-            evaluate(model, tokenizer, settings, results, "tuned", "f")
-        assert [module.training for module in model.modules()] == modes
+            evaluate(byte_llama, byte_bpe, settings, results, "tuned", "f")
+        assert [module.training for module in byte_llama.modules()] == modes
         first = read_scores(results)["tuned"]["social_iqa"]
-        scores = evaluate(model, tokenizer, settings, results, "tuned", "f")
-        assert [module.training for module in model.modules()] == modes
+        scores = evaluate(byte_llama, byte_bpe, settings, results, "tuned", "f")
+        assert [module.training for module in byte_llama.modules()] == modes
     finally:
-        model.eval()
+        byte_llama.eval()
     assert asked == ["social_iqa", "piqa"]
     assert list(scores) == ["social_iqa", "piqa"]
     assert scores["social_iqa"] == first
     assert scores == read_scores(results)["tuned"]
     assert torch.equal(state[0], torch.get_rng_state())
     assert state[1] == random.getstate()
-    assert tokenizer.pad_token is None
+    assert byte_bpe.pad_token is None
 
-    evaluate(model, tokenizer, settings.model_copy(update={"batch_size": 3}), results, "tuned", "f")
+    evaluate(byte_llama, byte_bpe, settings.model_copy(update={"batch_size": 3}), results, "tuned", "f")
     assert len(asked) == 2
     for i, (changed, fingerprint) in enumerate([(settings, "g"), (recipe(data, "piqa", limit=4), "g")]):
-        evaluate(model, tokenizer, changed, results, "tuned", fingerprint)
+        evaluate(byte_llama, byte_bpe, changed, results, "tuned", fingerprint)
         assert len(asked) == (4, 5)[i]
 
 
@@ -280,7 +195,7 @@ def test_definitions_are_the_stock_ones(task: str, data: Path) -> None:
     assert len(rendered[0][1]) == 12
 
 
-def test_own_task_file_and_data(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_own_task_file_and_data(byte_llama: Any, byte_bpe: Any, tmp_path: Path) -> None:
     definition = {
         "task": "colours", "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{text}} is",
         "doc_to_choice": ["red", "blue"], "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
@@ -288,13 +203,13 @@ def test_own_task_file_and_data(model: Any, tokenizer: Any, tmp_path: Path) -> N
     (tmp_path / "colours.yaml").write_text(yaml.safe_dump(definition))
     write(tmp_path / "colours.jsonl", [{"text": "water", "label": 1}, {"text": "fire", "label": 0}])
     settings, results = recipe(tmp_path, "colours", limit=1), tmp_path / "r.json"
-    score = evaluate(model, tokenizer, settings, results, "zero-shot", "f", tasks_folder=tmp_path)["colours"]
+    score = evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f", tasks_folder=tmp_path)["colours"]
     assert score.n == 1
     assert set(score.samples) == {"acc", "acc_norm"}
 
 
 def test_errors_come_before_the_first_question(
-    model: Any, tokenizer: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    byte_llama: Any, byte_bpe: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = type("Index", (), {"task_index": {}, "all_subtasks": ["copa", "piqa"]})
     monkeypatch.setattr("metatt_scale.evaluation.tasks._stock_index", index)
@@ -320,7 +235,7 @@ def test_errors_come_before_the_first_question(
     results = tmp_path / "results.json"
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            evaluate(model, tokenizer, settings, results, "zero-shot", "f")
+            evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f")
     assert not results.exists()
 
 
@@ -331,84 +246,11 @@ def test_generation_tasks_of_the_harness_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} (real questions) is absent")
-def test_real_questions(model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_real_questions(byte_llama: Any, byte_bpe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = recipe(REAL, *METRICS, limit=4)
     with caplog.at_level(logging.INFO):
-        scores = evaluate(model, tokenizer, settings, tmp_path / "r.json", "zero-shot", "f")
+        scores = evaluate(byte_llama, byte_bpe, settings, tmp_path / "r.json", "zero-shot", "f")
     assert {task: score.metric for task, score in scores.items()} == METRICS
     for score in scores.values():
         assert {metric: len(answers) for metric, answers in score.samples.items()} == {"acc": 4, "acc_norm": 4}
     assert not [line for line in caplog.records if line.name.startswith("lm_eval")]
-
-
-@pytest.fixture
-def instructions(tmp_path: Path) -> Iterator[Path]:
-    rng = random.Random(1)
-    records = [
-        {"instruction": sentence(rng) * (1 + i), "input": "", "answer": f"answer{1 + i % 4}", "source": "x"}
-        for i in range(6)
-    ]  # fmt: skip
-    write(tmp_path / "arc_easy.jsonl", records)
-    yield tmp_path
-
-
-def test_llm_adapters(
-    model: Any, tokenizer: Any, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import metatt_scale.evaluation.llm_adapters as module
-
-    calls: list[int] = []
-
-    def answering(model: Any, tokenizer: Any, prompts: list[list[int]], n: int, in_step: bool) -> list[str]:
-        """Says "answer1" to all questions but the shortest, to which it says nothing of use."""
-        calls.append(len(prompts))
-        assert n == MAX_NEW_TOKENS and not in_step
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
-        assert all("### Response:" in text for text in texts)
-        return ["hm" if len(text) == min(map(len, everything)) else "the answer1" for text in texts]
-
-    lines = (instructions / "arc_easy.jsonl").read_text().splitlines()
-    everything = [llm_adapters_prompt(json.loads(line)["instruction"], "") for line in lines]
-    monkeypatch.setattr(module, "continue_tokens", answering)
-    settings = recipe(instructions, "llm_adapters/arc_easy", batch_size=4)
-    results = tmp_path / "r.json"
-    scores = evaluate(model, tokenizer, settings, results, "tuned", "f")
-    score = scores["llm_adapters/arc_easy"]
-    shortest = min(range(6), key=lambda i: len(everything[i]))
-    right = "".join(str(int(i % 4 == 0 and i != shortest)) for i in range(6))
-    assert score.samples == {"acc": right, "unparsable": "".join(str(int(i == shortest)) for i in range(6))}
-    assert calls == [4, 2]
-    assert evaluate(model, tokenizer, settings, results, "tuned", "f") == scores
-    assert calls == [4, 2]
-    evaluate(model, tokenizer, settings, results, "tuned", "g")
-    assert calls == [4, 2, 4, 2]
-
-
-def test_llm_adapters_bad_records(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    settings = recipe(tmp_path, "llm_adapters/piqa")
-    for bad in ({"instruction": "a", "answer": "b"}, {"instruction": "a"}, {"instruction": 1, "answer": "true"}):
-        write(tmp_path / "piqa.jsonl", [bad])
-        with pytest.raises(ValueError, match=r"piqa\.jsonl:1"):
-            evaluate(model, tokenizer, settings, tmp_path / "r.json", "tuned", "f")
-
-
-def test_batched_generation_is_that_of_single_prompts(model: LlamaForCausalLM, tokenizer: Any) -> None:
-    model.train()
-    prompts = ["a bird", "the stone was very red", "x"]
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    together = continue_tokens(model, tokenizer, ids, 6)
-    assert together == [generate(model, tokenizer, prompt, 6) for prompt in prompts]
-    assert model.training
-    model.eval()
-    # Greedy decoding by hand, without a cache.
-    tokens = list(ids[1])
-    with torch.no_grad():
-        for _ in range(6):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    assert together[1] == tokenizer.decode(tokens[len(ids[1]) :], skip_special_tokens=True)
-    assert extract_answer(together[0], ("solution1",)) is None
-    with pytest.raises(ValueError, match="empty"):
-        generate(model, tokenizer, "", 3)
-    with pytest.raises(ValueError, match="temperature"):
-        generate(model, tokenizer, "a", 3, temperature=-1)
-    assert isinstance(generate(model, tokenizer, "a", 3, temperature=0.7), str)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metatt_scale.training import TrainingStopped, checkpoint, loop, objective, train
-from tests.model.test_training import spoil
+from tests.model.test_nonfinite_steps import spoil
 from tests.toy import TIMING, metrics, quiet, said, toy_recipe, write_toy
 
 SETTINGS = {"micro_batch_size": 16, "max_steps": 11, "save_every": 5, "eval_every": 4, "keep": "best"}

@@ -1,17 +1,64 @@
-"""The loss of hidden states beside cross entropy on all logits."""
+"""The loss: beside that of transformers, and of hidden states beside cross entropy on all logits."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from metatt_scale.backbone import byte_tokenizer
 from metatt_scale.benchmark.memory import peak_bytes
+from metatt_scale.data import IGNORE, micro_batches, prepare
 from metatt_scale.training import loss as module
-from metatt_scale.training.loss import fused_head, loss_of_hidden
+from metatt_scale.training.loss import fused_head, loss_of_hidden, token_loss_sum
 from metatt_scale.training.start import make_ready
-from tests.tiny import tiny_model, tokens
-from tests.toy import CPU, quiet
+from tests.tiny import FLOAT32, FLOAT64, MODELS, tiny_model, tokens
+from tests.toy import CPU, quiet, toy_recipe
 
+CAUSAL = [name for name in MODELS if name not in ("bert", "roberta")]
 N, D, V, T = 70, 48, 300, 37
+
+
+# ---- of a model's answers to a batch
+
+
+def toy_batch(tmp_path):
+    """One micro-batch of 16 additions with padding."""
+    data = prepare(toy_recipe(tmp_path).data, byte_tokenizer(), 0)
+    order = data.train.epoch_order(0, 0)[:16]
+    (batch,) = micro_batches(data.table, order, micro_batch_size=16, rank=0, world_size=1, pad_token_id=0)
+    assert 0 in batch.attention_mask_BS, "without padding this batch would prove nothing"
+    return batch
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_loss_is_that_of_transformers_and_needs_no_padding_mask(name, tmp_path):
+    model = tiny_model(name, dtype=torch.float64, vocab_size=300).eval()
+    batch = toy_batch(tmp_path)
+    labels = batch.labels_BS.clone()
+    loss = token_loss_sum(model, batch, CPU)
+    assert torch.equal(labels, batch.labels_BS)
+    n_targets = int((labels[:, 1:] != IGNORE).sum())
+    assert loss.dtype == torch.float64 and n_targets > 16
+    theirs = model(input_ids=batch.input_ids_BS, labels=labels).loss
+    masked = model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS).logits
+    ours_masked = F.cross_entropy(masked[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    # transformers computes its loss in fp32 whatever the logits are.
+    assert loss.item() == pytest.approx(theirs.item() * n_targets, rel=FLOAT32)
+    assert loss.item() == pytest.approx(ours_masked.item(), rel=FLOAT64)
+
+
+def test_a_batch_without_targets_adds_nothing(tmp_path):
+    model = tiny_model("llama", vocab_size=300)
+    batch = toy_batch(tmp_path)
+    batch = batch._replace(labels_BS=torch.full_like(batch.labels_BS, IGNORE))
+    assert token_loss_sum(model, batch, CPU).item() == 0
+
+
+def test_low_precision_logits_are_summed_in_fp32(tmp_path):
+    model = tiny_model("llama", dtype=torch.bfloat16, vocab_size=300)
+    assert token_loss_sum(model, toy_batch(tmp_path), CPU).dtype == torch.float32
+
+
+# ---- of hidden states
 
 
 def problem(dtype, bias):

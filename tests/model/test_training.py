@@ -1,66 +1,16 @@
-"""The loss, the optimizer step, and the life of a run in one process."""
+"""The optimizer step, and the life of a run in one process."""
 
-import json
 import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from metatt_scale.backbone import byte_tokenizer
-from metatt_scale.data import IGNORE, micro_batches, prepare
-from metatt_scale.recipe import RecipeError, TrainingRecipe
-from metatt_scale.reopen import reopen
-from metatt_scale.training import checkpoint, loop, objective, train
-from metatt_scale.training.loss import token_loss_sum
+from metatt_scale.recipe import TrainingRecipe
+from metatt_scale.training import train
 from metatt_scale.training.optimizer import clip, learning_rate
 from metatt_scale.training.seeds import derived_seed
-from tests.tiny import FLOAT32, FLOAT64, MODELS, randomise, tiny_model
-from tests.toy import CPU, GPT2, LLAMA, make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
-
-CAUSAL = [name for name in MODELS if name not in ("bert", "roberta")]
-
-
-def toy_batch(tmp_path, n=16):
-    """One micro-batch of n additions with padding."""
-    data = prepare(toy_recipe(tmp_path).data, byte_tokenizer(), 0)
-    order = data.train.epoch_order(0, 0)[:n]
-    (batch,) = micro_batches(data.table, order, micro_batch_size=n, rank=0, world_size=1, pad_token_id=0)
-    assert 0 in batch.attention_mask_BS, "without padding this batch would prove nothing"
-    return batch
-
-
-# ---- the loss
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_loss_is_that_of_transformers_and_needs_no_padding_mask(name, tmp_path):
-    model = tiny_model(name, dtype=torch.float64, vocab_size=300).eval()
-    batch = toy_batch(tmp_path)
-    labels = batch.labels_BS.clone()
-    loss = token_loss_sum(model, batch, CPU)
-    assert torch.equal(labels, batch.labels_BS)
-    n_targets = int((labels[:, 1:] != IGNORE).sum())
-    assert loss.dtype == torch.float64 and n_targets > 16
-    theirs = model(input_ids=batch.input_ids_BS, labels=labels).loss
-    masked = model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS).logits
-    ours_masked = F.cross_entropy(masked[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    # transformers computes its loss in fp32 whatever the logits are.
-    assert loss.item() == pytest.approx(theirs.item() * n_targets, rel=FLOAT32)
-    assert loss.item() == pytest.approx(ours_masked.item(), rel=FLOAT64)
-
-
-def test_a_batch_without_targets_adds_nothing(tmp_path):
-    model = tiny_model("llama", vocab_size=300)
-    batch = toy_batch(tmp_path)
-    batch = batch._replace(labels_BS=torch.full_like(batch.labels_BS, IGNORE))
-    assert token_loss_sum(model, batch, CPU).item() == 0
-
-
-def test_low_precision_logits_are_summed_in_fp32(tmp_path):
-    model = tiny_model("llama", dtype=torch.bfloat16, vocab_size=300)
-    assert token_loss_sum(model, toy_batch(tmp_path), CPU).dtype == torch.float32
-
+from tests.tiny import FLOAT64, randomise
+from tests.toy import GPT2, LLAMA, make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
 
 # ---- one optimizer step
 
@@ -154,143 +104,19 @@ def test_only_the_cores_train_and_their_count_is_printed(tmp_path):
     assert f"LoRA r=8 on the same would train {lora:,}" in said(console)
 
 
-# ---- steps that are not finite
-
-
-def spoil(monkeypatch, bad_steps, value=math.nan):
-    """Make the loss of the optimizer steps whose numbers are in `bad_steps` not finite."""
-    real, calls = token_loss_sum, []
-
-    def spoiled(model, batch, device, weights=None):
-        if not model.training:
-            return real(model, batch, device)
-        calls.append(0)
-        return real(model, batch, device) * (value if len(calls) - 1 in bad_steps else 1.0)
-
-    monkeypatch.setattr(objective, "token_loss_sum", spoiled)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path, monkeypatch, value):
-    trainer = make_trainer(toy_recipe(tmp_path, training={"micro_batch_size": 16}))
-    spoil(monkeypatch, {2}, value)
-    for _ in range(2):
-        one_step(trainer)
-    cores = [core.detach().clone() for core in trainer.adapter.cores]
-    state = [{k: v.clone() for k, v in trainer.optimizer.state[core].items()} for core in trainer.adapter.cores]
-    tokens = trainer.progress.target_tokens
-    report = one_step(trainer)
-    assert (report["loss"], report["grad_norm"], report["skipped"]) == (None, None, 1)
-    assert all(torch.equal(a, b) for a, b in zip(cores, trainer.adapter.cores, strict=True))
-    assert all(core.grad is None for core in trainer.adapter.cores)
-    for core, before in zip(trainer.adapter.cores, state, strict=True):
-        assert all(torch.equal(before[name], value) for name, value in trainer.optimizer.state[core].items())
-    assert (trainer.progress.step, trainer.progress.target_tokens) == (3, tokens)
-    assert one_step(trainer)["loss"] is not None
-    assert (trainer.progress.skipped, trainer.progress.skipped_in_a_row) == (1, 0)
-    assert not torch.equal(cores[1], trainer.adapter.cores[1])
-
-
-def test_single_bad_steps_do_not_stop_a_run(tmp_path, monkeypatch):
-    spoil(monkeypatch, {1, 3, 5, 7, 9})
-    settings = {"micro_batch_size": 16, "max_steps": 12, "max_nonfinite_steps": 2}
-    train(toy_recipe(tmp_path, training=settings), console := quiet())
-    assert metrics(tmp_path / "run")[-1]["skipped"] == 5
-    assert "not finite, skipped" in said(console)
-
-
-def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_last_good_cores(tmp_path, monkeypatch):
-    settings = {"micro_batch_size": 16, "max_nonfinite_steps": 3, "max_steps": 20, "save_every": "never"}
-    recipe = toy_recipe(tmp_path, training=settings)
-    good = make_trainer(recipe)
-    for _ in range(4):
-        one_step(good)
-    spoil(monkeypatch, set(range(4, 20)))
-    with pytest.raises(ValueError, match=r"stopped at step 7: .* not finite 3 times in a row") as caught:
-        train(recipe, quiet())
-    assert "\n" not in str(caught.value) and "learning_rate" in str(caught.value)
-    (folder,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    saved = checkpoint.load(folder, recipe, good.adapter.shapes())
-    assert (folder.name, saved.progress.skipped) == ("step-000007", 3)
-    assert all(torch.equal(a, b) for a, b in zip(saved.values.values(), good.adapter.cores, strict=True))
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_an_evaluation_that_is_not_finite_is_no_gain(tmp_path, monkeypatch):
-    losses = iter([math.nan, 2.0, math.inf, 1.0])
-    monkeypatch.setattr(loop.Trainer, "evaluate", lambda self: {"eval_loss": next(losses)})
-    recipe = toy_recipe(tmp_path, training={"max_steps": 4, "eval_every": 1, "keep": "best"})
-    train(recipe, quiet())
-    assert [line["eval_loss"] for line in metrics(tmp_path / "run")] == [None, 2.0, None, 1.0]
-    _, saved, _ = checkpoint.newest_valid(
-        tmp_path / "run" / "checkpoints", recipe, make_trainer(recipe).adapter.shapes()
-    )
-    assert saved is not None and (saved.progress.best_loss, saved.progress.best_step) == (1.0, 4)
-
-
-# ---- evaluation, best cores, early stopping
-
-
-def test_evaluation_is_without_dropout_and_training_mode_comes_back(tmp_path):
-    write_toy(tmp_path, config={**GPT2, "attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5})
-    trainer = make_trainer(toy_recipe(tmp_path, adapter={"target_modules": ["c_attn"]}))
-    modes = []
-    trainer.model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    one_step(trainer)
-    before = len(modes)
-    losses = {trainer.evaluate()["eval_loss"] for _ in range(3)}
-    assert len(losses) == 1 and all(modes[:before]) and not any(modes[before:])
-    assert all(module.training for module in trainer.model.modules())
-    one_step(trainer)
-    assert modes[-1] and all(core.grad is None for core in trainer.adapter.cores)
-
-
-def test_evaluation_loss_is_the_mean_over_all_target_tokens(tmp_path):
-    values = []
-    for size in (1, 5, 16):
-        trainer = make_trainer(toy_recipe(tmp_path, training={"micro_batch_size": size}), torch.float64)
-        randomise(trainer.adapter)
-        values.append(trainer.evaluate()["eval_loss"])
-    assert trainer.data.validation is not None
-    table, indices = trainer.data.validation
-    total = 0.0
-    for index in indices:
-        ids, flags = (torch.from_numpy(array) for array in table.example(int(index)))
-        log_p = trainer.model(ids[None]).logits[0].detach().log_softmax(-1)
-        total -= float(log_p[:-1].gather(1, ids[1:, None])[flags[1:]].sum())
-    assert values == pytest.approx([total / int(table.targets[indices].sum())] * 3, rel=FLOAT64 * 10)
-
-
-@pytest.mark.parametrize("keep", ["best", "last"])
-def test_keep_best_writes_the_cores_of_the_lowest_evaluation_loss(tmp_path, keep):
-    # Validation records whose answers contradict the training records: their loss falls (shorter than 300 ways to go
-    # on) and then rises.
-    write_toy(tmp_path)
-    (tmp_path / "other.jsonl").write_text(json.dumps({"instruction": "1+2", "output": "~"}) + "\n")
-    data = {"validation_size": 0, "validation": [{"path": str(tmp_path / "other.jsonl")}]}
-    settings = {"max_steps": 30, "eval_every": 1, "keep": keep, "learning_rate": 0.1}
-    recipe = toy_recipe(tmp_path, training=settings, data=data)
-    train(recipe, quiet())
-    losses = [line["eval_loss"] for line in metrics(tmp_path / "run")]
-    assert min(losses) < losses[-1] - 1e-3, "the last cores must not be the best, or this test proves nothing"
-    opened = reopen(tmp_path / "run", quiet())
-    trainer = make_trainer(recipe)
-    trainer.adapter.set_cores(list(opened.adapter.cores))
-    wanted = min(losses) if keep == "best" else losses[-1]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=FLOAT32)
-    assert opened.description["best_loss"] == min(losses)
-    assert opened.description["step"] == (losses.index(min(losses)) + 1 if keep == "best" else 30)
-
-
-def test_early_stopping(tmp_path, monkeypatch):
-    losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 9.0, 9.0])
-    monkeypatch.setattr(loop.Trainer, "evaluate", lambda self: {"eval_loss": next(losses)})
-    settings = {"max_steps": 50, "eval_every": 2, "early_stopping_patience": 3, "save_every": "never"}
-    recipe = toy_recipe(tmp_path, training=settings)
-    train(recipe, quiet())
-    assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 14, "4 gains, then 3.5, 3.0, 9.0 are none"
-    train(recipe, again := quiet())  # a run that has stopped early is finished
-    assert "resuming after step 14" in said(again) and len(metrics(tmp_path / "run")) == 14
+def test_half_precision_keeps_small_gradients(tmp_path):
+    """Without a scale, the gradients of a mean over many tokens fall below the smallest half-precision number."""
+    write_toy(tmp_path, n=600)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        trainer = make_trainer(toy_recipe(tmp_path, training={"batch_size": 512, "micro_batch_size": 64}), dtype)
+        randomise(trainer.adapter.float(), scale=0.1)
+        _, indices = trainer.order.global_batch(0)
+        trainer._accumulate(indices, 100_000, 0)  # a denominator as of a large batch
+        gradients.append(torch.cat([core.grad.flatten() for core in trainer.adapter.cores]))
+    assert trainer.adapter.compute_dtype == torch.float16
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert error < 2e-2, error  # half precision rounds to 5e-4; three layers and their softmaxes amplify it
 
 
 # ---- dropout and learning
@@ -360,6 +186,12 @@ def test_metrics_have_their_keys(tmp_path):
     assert [line["epoch"] for line in lines] == [0, 0, 0, 1]
 
 
+def test_the_last_step_is_always_in_the_metrics(tmp_path):
+    write_toy(tmp_path)
+    train(toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"}, logging={"every": 10}), quiet())
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3]
+
+
 def test_tensorboard_gets_event_files(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -401,63 +233,3 @@ def test_records_longer_than_the_learned_positions_are_refused(tmp_path):
     recipe = toy_recipe(tmp_path, adapter={"target_modules": ["c_attn"]})
     with pytest.raises(ValueError, match=r"has learned 5 positions; set data.cutoff_length to 5 or less"):
         train(recipe, quiet())
-
-
-def test_validation_records_are_never_trained_on(tmp_path):
-    trainer = make_trainer(toy_recipe(tmp_path))
-    assert trainer.data.validation is not None
-    held_out = set(trainer.data.validation.indices.tolist())
-    seen = {int(i) for step in range(2 * trainer.order.steps_per_epoch) for i in trainer.order.global_batch(step)[1]}
-    assert len(held_out) == 16 and len(seen) == 64 and not seen & held_out
-
-
-def test_a_recipe_that_wants_the_best_without_validation_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="need validation records"):
-        toy_recipe(tmp_path, data={"validation_size": 0}, training={"keep": "best"})
-
-
-def test_a_run_that_learned_nothing_hands_over_nothing(tmp_path, monkeypatch):
-    write_toy(tmp_path)
-    recipe = toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"})
-    monkeypatch.setattr(
-        objective, "token_loss_sum", lambda model, batch, device, _: model(batch.input_ids_BS).logits.sum() * math.nan
-    )
-    with pytest.raises(ValueError, match="all 3 steps were skipped"):
-        train(recipe, quiet())
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_cores_that_are_not_finite_are_not_handed_over(tmp_path, monkeypatch):
-    write_toy(tmp_path)
-    recipe = toy_recipe(tmp_path, training={"max_steps": 1, "eval_every": "never"})
-    step = torch.optim.AdamW.step
-
-    def overflow(self, closure=None):
-        step(self, closure)
-        with torch.no_grad():
-            self.param_groups[0]["params"][0][0, 0, 0] = math.inf
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(ValueError, match="parameters that are not finite"):
-        train(recipe, quiet())
-
-
-def test_the_last_step_is_always_in_the_metrics(tmp_path):
-    write_toy(tmp_path)
-    train(toy_recipe(tmp_path, training={"max_steps": 3, "eval_every": "never"}, logging={"every": 10}), quiet())
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [3]
-
-
-def test_half_precision_keeps_small_gradients(tmp_path):
-    """Without a scale, the gradients of a mean over many tokens fall below the smallest half-precision number."""
-    write_toy(tmp_path, n=600)
-    gradients = []
-    for dtype in (torch.float32, torch.float16):
-        trainer = make_trainer(toy_recipe(tmp_path, training={"batch_size": 512, "micro_batch_size": 64}), dtype)
-        randomise(trainer.adapter.float(), scale=0.1)
-        _, indices = trainer.order.global_batch(0)
-        trainer._accumulate(indices, 100_000, 0)  # a denominator as of a large batch
-        gradients.append(torch.cat([core.grad.flatten() for core in trainer.adapter.cores]))
-    assert trainer.adapter.compute_dtype == torch.float16
-    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert error < 2e-2, error  # half precision rounds to 5e-4; three layers and their softmaxes amplify it
