@@ -23,7 +23,7 @@ from rich.console import Console
 from metatt_scale import __version__
 from metatt_scale.benchmark.command import run as run_benchmark
 from metatt_scale.benchmark.settings import add_arguments as add_benchmark_arguments
-from metatt_scale.ending import leave, message_of, told_elsewhere, which_rank
+from metatt_scale.ending import leave, message_of, out_of_memory, told_elsewhere, which_rank
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe, only_language_models
@@ -51,9 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(_GIVE_WAY_SECONDS)
         print(f"error{which_rank()}: {message_of(error)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        why = told_elsewhere(error)
-        if why is None or os.environ.get("METATT_DEBUG"):
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("METATT_DEBUG"):
+            raise
+        if (why := out_of_memory(error)) is not None:
+            print(f"error{which_rank()}: {why}", file=sys.stderr)
+            return 2
+        if isinstance(error, MemoryError) or (why := told_elsewhere(error)) is None:
             raise
         if why:
             # The rank that failed is still on its way out: its own error should stand first, and launchers take the

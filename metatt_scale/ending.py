@@ -50,6 +50,21 @@ def told_elsewhere(error: RuntimeError) -> str | None:
     return None
 
 
+def out_of_memory(error: RuntimeError | MemoryError) -> str | None:
+    """Return what to say where memory has run out, on a GPU or here; None for all other errors."""
+    import torch
+
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+        return None
+    reason = (str(error).strip().splitlines() or ["no room"])[0]
+    return (
+        f"out of memory ({reason}); take less at once (training.micro_batch_size, data.cutoff_length, "
+        "evaluation.batch_size; for benchmark --examples, --length, --ranks), set "
+        "backbone.gradient_checkpointing=true or backbone.quantization=nf4, or use more memory; `metatt-scale plan "
+        "RECIPE` estimates what a run needs"
+    )
+
+
 def message_of(error: Exception) -> str:
     """Return an error in one line, with the remedy where the disk is full."""
     if not isinstance(error, OSError) or not error.strerror:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import operator
-from metatt_scale.adapter.base import HEAD_PREFIX, NO_TASK, Adapter, LoraPair
+from metatt_scale.adapter.base import HEAD_PREFIX, Adapter, LoraPair
 from metatt_scale.adapter.folding import ROOM, Fold, Operand, Operands, factors_at, fold, folding_pays
 from metatt_scale.adapter.modes import ChainSpec, factors
 from metatt_scale.adapter.placed import Placed, place
@@ -200,7 +200,7 @@ class ChainAdapter(Adapter):
         if not self._mixes_tasks:
             return None
         if self.row_tasks is None:
-            raise ValueError(NO_TASK)
+            self.one_task()  # there is none: says so
         return self.row_tasks
 
     def _project(self, x: Tensor, a: Operand) -> Tensor:

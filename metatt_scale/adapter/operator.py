@@ -128,7 +128,8 @@ class _MixExamples(Function):
         dc_TPQ = None
         if ctx.needs_input_grad[1]:
             dc_BPQ = (h_BSP.mT @ du_BSQ).to(ctx.leaf_dtype)
-            # A product with 0 and 1, for sums by index come in any order on a GPU.
+            # A product with 0 and 1, for sums by index come in any order on a GPU. (What is not finite in one example
+            # spoils all tasks' gradients; such a step is left out as a whole.)
             own_TB = (torch.arange(len(c_TPQ), device=task_B.device)[:, None] == task_B).to(dc_BPQ.dtype)
             dc_TPQ = (own_TB @ dc_BPQ.flatten(1)).view(c_TPQ.shape)
         return dh_BSP, dc_TPQ, None, None

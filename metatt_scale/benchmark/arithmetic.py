@@ -24,7 +24,7 @@ from metatt_scale.adapter import ChainAdapter, ChainSpec, Target, TargetMap
 from metatt_scale.adapter.modes import KINDS
 from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.report import Report, describe_machine, ratio_cells
-from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, take_turns
 from metatt_scale.plan.shape import read_shape
 from metatt_scale.recipe import Recipe
@@ -110,7 +110,7 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         columns=("size", "L", "M", "r", "D", "order", "seconds", "/ base", "range", "predicted"),
         cells=tuple(_cells(row) for row in table),
         rows=tuple(table),
-        settings={**asdict(settings), "recipe": recipe.model_dump(mode="json")},
+        settings=settings_of("scaling", settings, recipe),
         notes=_NOTES,
     )
 

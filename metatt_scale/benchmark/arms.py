@@ -132,7 +132,7 @@ def _chain(kind: str, rank: int) -> Build:
         recipe = chain_recipe(work.recipe, kind, rank)
         adapter = inject(model, recipe.adapter, recipe.seed, TASKS)
         adapter.rows_per_step = work.batch.input_ids_BS.numel()
-        # Where the chain knows tasks, every batch mixes all of them.
+        # Where the chain knows tasks, the examples of a batch take turns.
         tasks_B1 = torch.arange(len(work.batch.input_ids_BS))[:, None] % TASKS
         adapter.row_tasks = tasks_B1.to(work.device)
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from metatt_scale.benchmark.report import Report
 
 _WIDTH = 200
+_RATIOS = (
+    "ratios: the median of the rounds' own quotients, and their range from least to greatest; it need not be the "
+    "quotient of the medians."
+)
 _RUN_LAYERS = ("steps", "end_to_end", "generation")
 """Tables that run the backbone's layers; the others only take sizes from it."""
 
@@ -34,6 +38,11 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
     settings = read_settings(options)
     only_language_models(recipe, "benchmark")
     only_chains(recipe, "benchmark")
+    if recipe.tasks and options.table == "end_to_end":
+        raise ValueError(
+            "the recipe has `tasks`, which the other loops of --table end_to_end know nothing of; take a recipe "
+            "without them, or another table"
+        )
     if recipe.backbone.compile and options.table in _RUN_LAYERS:
         raise ValueError(
             f"backbone.compile is true, but --table {options.table} compiles no arm, so its numbers would be another "
@@ -52,7 +61,7 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
     if not console.is_terminal:
         console.width = _WIDTH  # a table in a file or a pipe need not break its lines
     console.print(as_table(report))
-    for note in report.notes:
+    for note in (*report.notes, _RATIOS):
         console.print(f"- {note}", highlight=False, soft_wrap=True)
     write_report(file, report)  # last: a full disk must not cost the table
     console.print(f"raw numbers: {file}", highlight=False, soft_wrap=True)
@@ -74,6 +83,8 @@ def _check_place(file: Path, given: str | None) -> None:
     try:
         if file.is_dir():
             raise ValueError(f"{said}, which is a folder; give the name of a file")
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{said}, which is no ordinary file and would be replaced; give the name of another")
         there = next(path for path in file.absolute().parents if path.exists())
         if not there.is_dir():
             raise ValueError(f"{said}, but {there} is a file and not a folder; give a file below a folder")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
 from metatt_scale.benchmark.arms import LORA_RANKS, import_peft
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
-from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import progress, ratios, seconds_of, turns
 from metatt_scale.benchmark.trainers import Job, has_trl, ours, peft_trainer, trl_trainer
 from metatt_scale.benchmark.turns import LoopInTurns, Pause
@@ -49,7 +48,7 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         columns=("loop", "trained", "tokens/s", "/ Trainer", "range"),
         cells=tuple(_cells(row) for row in rows),
         rows=tuple(rows),
-        settings={**asdict(settings), "recipe": recipe.model_dump(mode="json"), "records": data.digest},
+        settings=settings_of("end_to_end", settings, recipe, records=data.digest),
         notes=_notes(settings),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from metatt_scale.benchmark.arms import (
     twin,
 )
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
-from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, take_turns
 from metatt_scale.recipe import Recipe
 
@@ -84,7 +84,7 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         columns=("arm", "order", "tokens/s", f"/ {BASE}", "range", f"as {BASE}", "merged as unmerged"),
         cells=tuple(_cells(row, settings.examples) for row in rows),
         rows=tuple(rows),
-        settings={**asdict(settings), "recipe": recipe.model_dump(mode="json")},
+        settings=settings_of("generation", settings, recipe),
         notes=_notes(recipe),
     )
 

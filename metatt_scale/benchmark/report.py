@@ -93,7 +93,9 @@ def as_table(report: Report) -> Table:
     machine = dict(report.machine)
     device, threads = machine.pop("device"), machine.pop("threads")
     versions = ", ".join(f"{name} {version or 'absent'}" for name, version in machine.items())
-    table = Table(title=f"{report.title}\n{versions}\n{device}, {threads} threads", title_justify="left")
+    table = Table(
+        title=f"{report.title}\n{versions}\n{device}, {threads} thread{'s' * (threads > 1)}", title_justify="left"
+    )
     for k, column in enumerate(report.columns):
         table.add_column(column, justify="right" if k else "left")
     for row in report.cells:

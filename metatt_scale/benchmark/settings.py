@@ -7,6 +7,8 @@ from argparse import Namespace
 from dataclasses import dataclass, fields
 from typing import Any
 
+from metatt_scale.recipe import Recipe
+
 TABLES = {
     "steps": ("examples", "length", "ranks"),
     "end_to_end": ("block_steps",),
@@ -17,7 +19,13 @@ TABLES = {
 }
 """Every table with the settings it takes; all of them take repeats."""
 
-_LEAST = {"examples": 1, "length": 2, "repeats": 1, "block_steps": 1, "new_tokens": 1}
+_RANGES = {
+    "examples": (1, 2**16),
+    "length": (2, 2**24),
+    "repeats": (1, 10**6),
+    "block_steps": (1, 10**6),
+    "new_tokens": (1, 2**24),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="where the raw numbers go (benchmark_TABLE_TIME.json)")
 
 
+def settings_of(table: str, settings: Settings, recipe: Recipe, **more: Any) -> dict[str, Any]:
+    """Return what a table was measured with, for its JSON: the settings it takes, the recipe, and what is given."""
+    taken = {name: getattr(settings, name) for name in (*TABLES[table], "repeats")}
+    return {**taken, "recipe": recipe.model_dump(mode="json"), **more}
+
+
 def read_settings(options: Namespace) -> Settings:
     """Return the settings of a command line.
 
@@ -79,12 +93,14 @@ def read_settings(options: Namespace) -> Settings:
                 f"{flag} is {value}, but --table {options.table} takes {known} only; leave {flag} out, or choose "
                 "another table"
             )
-        if field.name == "ranks":
-            value = _ranks(value)
-        elif value < _LEAST[field.name]:
-            raise ValueError(f"{flag} is {value}; it must be at least {_LEAST[field.name]}")
-        given[field.name] = value
+        given[field.name] = _ranks(value) if field.name == "ranks" else _within(flag, value, *_RANGES[field.name])
     return Settings(**given)
+
+
+def _within(flag: str, value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise ValueError(f"{flag} is {value}; it must be at least {least} and at most {most:,}")
+    return value
 
 
 def _ranks(text: str) -> tuple[int, ...]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from metatt_scale.backbone import load_backbone, pick_device
-from metatt_scale.benchmark.arms import FROZEN, Arm, Work, builders, import_peft, random_batch, twin
+from metatt_scale.benchmark.arms import FROZEN, TASKS, Arm, Work, builders, import_peft, random_batch, twin
 from metatt_scale.benchmark.memory import peak_bytes
 from metatt_scale.benchmark.report import (
     Report,
@@ -19,7 +18,7 @@ from metatt_scale.benchmark.report import (
     describe_targets,
     ratio_cells,
 )
-from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, take_turns
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.checks import check_causal, learned_positions
@@ -27,6 +26,7 @@ from metatt_scale.training.start import try_head
 
 _MIB = 2**20
 _NOTES = (
+    f"MetaTT-(4+1)D: {TASKS} tasks, the examples of a padded batch taking turns (packed rows cost more).",
     "frozen: forward, and backward to the first decoder layer's input. Loss on the last eighth of each example.",
     "time: everything of a step but the optimizer's own update, for all alike; MetaTT's folding and pulling back "
     "are in it. PEFT's adapters are in fp32, its default, unless their name says otherwise.",
@@ -65,10 +65,10 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         title=f"a training step of {settings.examples} x {settings.length} tokens: {describe_backbone(recipe)}; "
         f"adapted: {describe_targets(recipe)}",
         machine=describe_machine(device),
-        columns=("arm", "trained", "seconds", "/ frozen", "range", "MiB", "/ frozen", "MiB over"),
+        columns=("arm", "trained", "seconds", "/ frozen", "range", "MiB", "MiB / frozen", "MiB over"),
         cells=tuple(_cells(row) for row in rows),
         rows=tuple(rows),
-        settings={**asdict(settings), "recipe": recipe.model_dump(mode="json")},
+        settings=settings_of("steps", settings, recipe),
         notes=_NOTES,
     )
 

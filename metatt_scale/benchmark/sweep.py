@@ -9,8 +9,8 @@ Shape legend: I input width, O output width, R rank.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,19 +20,17 @@ from metatt_scale.adapter import ChainSpec, Target, chain_spec
 from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.arms import chain_recipe
 from metatt_scale.benchmark.report import Report, describe_machine, describe_targets, ratio_cells
-from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, seconds_of, take_turns
 from metatt_scale.plan.shape import read_shape
 from metatt_scale.recipe import Recipe
 from metatt_scale.tensor import sweep
 
-_DENSE = 2
-"""Dense SVDs that are really done: the first module's and the last one's."""
 _NOTES = (
     "MetaTT-4D in float64, as the toolkit rounds; LoRA in float32, its usual type. Every bond is cut to half its "
     "rank (to 1 at least).",
-    f"dense SVD: {_DENSE} modules measured once, at the first rank, and extrapolated to all modules (its time hardly "
-    "depends on the rank).",
+    "dense SVD: one module of every pair of widths measured once, at the first rank, and counted as often as there "
+    "are such modules (its time hardly depends on the rank).",
 )
 
 
@@ -49,16 +47,16 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         acts[f"MetaTT-4D r={rank}"] = _sweep(_random_cores(spec, device), _half(rank))
         acts[f"LoRA r={rank}, QR first"] = _thin(targets, rank, device)
     seconds = take_turns(acts, settings.repeats, device, show)
-    dense = []
-    for target in (targets[0], targets[-1]):
-        show(f"dense SVD: {target.path}")
-        dense.append(seconds_of(_dense(target, settings.ranks[0], device), device))
+    dense, counts = {}, Counter((target.d_in, target.d_out) for target in targets)
+    for d_in, d_out in counts:
+        show(f"dense SVD: {d_in} -> {d_out}")
+        dense[f"{d_in} -> {d_out}"] = seconds_of(_dense(d_in, d_out, settings.ranks[0], device), device)
+    whole = sum(seconds * count for seconds, count in zip(dense.values(), counts.values(), strict=True))
     rows = []
     for rank in settings.ranks:
         chain = seconds[f"MetaTT-4D r={rank}"]
         for name in (f"MetaTT-4D r={rank}", f"LoRA r={rank}, QR first"):
             rows.append(_row(name, rank, seconds[name], chain))
-        whole = sum(dense) * len(targets) / _DENSE
         extrapolated = _row(f"LoRA r={rank}, dense SVD", rank, [whole] * len(chain), chain)
         rows.append({**extrapolated, "seconds": [whole], "measured_seconds": dense})
     widths, layers, projections, outputs = specs[settings.ranks[0]].sizes
@@ -70,11 +68,7 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         columns=("what", "seconds", "/ sweep", "range"),
         cells=tuple(_cells(row) for row in rows),
         rows=tuple(rows),
-        settings={
-            **asdict(settings),
-            "recipe": recipe.model_dump(mode="json"),
-            "sizes": [widths, layers, projections, outputs],
-        },
+        settings=settings_of("sweep", settings, recipe, sizes=[widths, layers, projections, outputs]),
         notes=_NOTES,
     )
 
@@ -106,16 +100,16 @@ def _sweep(cores: list[Tensor], rank: int) -> Callable[[], object]:
     return lambda: sweep(cores, max_ranks=rank)
 
 
-def _pair(target: Target, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _pair(d_in: int, d_out: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    b_OR, a_RI = (torch.randn(shape, generator=generator) for shape in ((target.d_out, rank), (rank, target.d_in)))
+    b_OR, a_RI = (torch.randn(shape, generator=generator) for shape in ((d_out, rank), (rank, d_in)))
     return b_OR.to(device), a_RI.to(device)
 
 
 def _thin(targets: tuple[Target, ...], rank: int, device: torch.device) -> Callable[[], object]:
     """Truncate every module's LoRA; those of equal widths share their numbers, which time does not depend on."""
     sizes = [(target.d_in, target.d_out) for target in targets]
-    pairs = {size: _pair(target, rank, device) for size, target in zip(sizes, targets, strict=True)}
+    pairs = {size: _pair(*size, rank, device) for size in set(sizes)}
 
     def act() -> None:
         for size in sizes:
@@ -124,8 +118,8 @@ def _thin(targets: tuple[Target, ...], rank: int, device: torch.device) -> Calla
     return act
 
 
-def _dense(target: Target, rank: int, device: torch.device) -> Callable[[], object]:
-    b_OR, a_RI = _pair(target, rank, device)
+def _dense(d_in: int, d_out: int, rank: int, device: torch.device) -> Callable[[], object]:
+    b_OR, a_RI = _pair(d_in, d_out, rank, device)
     return lambda: truncate_dense(b_OR @ a_RI, _half(rank))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ from metatt_scale.adapter import chain_spec
 from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.arms import LORA_RANKS, chain_recipe
 from metatt_scale.benchmark.report import Report, describe_machine, describe_targets, ratio_cells
-from metatt_scale.benchmark.settings import Settings
+from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import progress, ratios, seconds_of, turns
 from metatt_scale.parallel import World, join
 from metatt_scale.plan.shape import read_shape
@@ -82,7 +82,7 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
         columns=("arm", "all-reduces", "bytes", "sent", "seconds", f"/ {arms[0].name}", "range"),
         cells=tuple(_cells(row) for row in rows),
         rows=tuple(rows),
-        settings={**asdict(settings), "recipe": recipe.model_dump(mode="json"), "ranks_of_job": world.size},
+        settings=settings_of("wire", settings, recipe, ranks_of_job=world.size),
         notes=_NOTES,
     )
 

@@ -120,10 +120,10 @@ def shown(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 class ProgressBar:
-    """A live bar on a terminal; elsewhere one line every `every` steps."""
+    """A live bar on a terminal; elsewhere a line for the first step and every `every` steps."""
 
     def __init__(self, console: Console, total: int, done: int, every: int) -> None:
-        self._console, self._every, self._total = console, every, total
+        self._console, self._every, self._total, self._first = console, every, total, done + 1
         self._live: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
@@ -143,7 +143,7 @@ class ProgressBar:
         text = "  ".join(f"{key} {value}" for key, value in numbers.items())
         if self._live is not None:
             self._live.update(self._task, completed=step, numbers=text)
-        elif step % self._every == 0 or step == self._total:
+        elif step % self._every == 0 or step in (self._first, self._total):
             minutes, seconds = divmod(round(seconds_left), 60)
             line = f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02d}"
             self._console.print(line, highlight=False, soft_wrap=True)

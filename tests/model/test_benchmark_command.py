@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import pytest
+import torch
 
 from metatt_scale.benchmark.report import describe_backbone
 from metatt_scale.benchmark.settings import Settings
@@ -57,6 +58,7 @@ def test_steps_refuse_what_training_refuses(tmp_path, recipe_file, config, says,
         (["--json", ""], "--json is ''; give the name of a file, for example steps.json"),
         (["--json", "recipe.yaml/out.json"], "recipe.yaml is a file and not a folder; give a file below a folder"),
         (["--json", "x" * 230], "(File name too long); give --json a file in a folder that you may write to"),
+        (["--examples", "1000000000000"], "--examples is 1000000000000; it must be at least 1 and at most 65,536"),
         (["--table", "wire"], "start it with torchrun"),
     ],
 )
@@ -67,6 +69,35 @@ def test_bad_arguments_are_one_message(recipe_file, arguments, says, capsys, mon
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and says in output.err and output.err.count("\n") == 1
     assert output.out == "" and sorted(os.listdir()) == before
+
+
+def test_what_is_no_ordinary_file_is_not_replaced(recipe_file, capsys):
+    pipe = recipe_file.with_name("pipe")
+    os.mkfifo(pipe)
+    assert main(["benchmark", str(recipe_file), "--json", str(pipe)]) == 2
+    assert "which is no ordinary file and would be replaced" in capsys.readouterr().err and pipe.is_fifo()
+
+
+def test_loops_that_know_no_tasks_are_not_measured_on_them(recipe_file, capsys):
+    tasks = ["tasks={a: {}, b: {}}", "data.train=[{path: data.jsonl, task: a}, {path: data.jsonl, task: b}]"]
+    assert main(["benchmark", str(recipe_file), "--table", "end_to_end", "adapter.kind=metatt_4p1d", *tasks]) == 2
+    assert "the recipe has `tasks`, which the other loops" in capsys.readouterr().err
+
+
+def more_than_there_is(*_):
+    torch.empty(1 << 50)
+
+
+def more_than_a_gpu_has(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("measure", [more_than_there_is, more_than_a_gpu_has])
+def test_no_room_is_one_message(recipe_file, measure, monkeypatch, capsys):
+    monkeypatch.setattr("metatt_scale.benchmark.command._table", lambda name: measure)
+    assert main(["benchmark", str(recipe_file)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (") and "--examples" in said and said.count("\n") == 1
 
 
 def test_overrides_are_not_required(capsys):

@@ -102,7 +102,13 @@ def test_table_of_sweeps(recipe_file):
     assert [row["arm"] for row in report["rows"]] == [kind.format(rank) for rank in (4, 8) for kind in kinds]
     assert report["settings"]["sizes"] == [32, 3, 2, 32]
     dense = report["rows"][2]
-    assert dense["seconds"] == [pytest.approx(sum(dense["measured_seconds"]) * 6 / 2)]
+    # Three layers: q_proj is 32 -> 32, v_proj half as wide.
+    measured = dense["measured_seconds"]
+    assert dense["seconds"] == [pytest.approx(3 * sum(measured.values()))] and list(measured) == [
+        "32 -> 32",
+        "32 -> 16",
+    ]
+    assert "length" not in report["settings"] and report["settings"]["ranks"] == [4, 8]
 
 
 def test_both_truncations_are_the_best():

@@ -15,7 +15,7 @@ from metatt_scale.backbone import byte_tokenizer, head_tensors, load_backbone
 from metatt_scale.cli import main
 from metatt_scale.export import export
 from metatt_scale.training import train
-from tests.tiny import FLOAT32
+from tests.tiny import FLOAT32, relative
 from tests.toy import BERT, CPU, ROBERTA, UNDROPPED, quiet, toy_classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -42,10 +42,6 @@ def trained(folder, config, *, labels=2, pooler=True):
 def logits(model):
     with torch.no_grad():
         return model.eval()(IDS).logits
-
-
-def relative(got, wanted):
-    return ((got - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize(

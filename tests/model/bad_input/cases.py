@@ -22,6 +22,7 @@ def case(name, *says):
 def cases(make, table):
     """Register make(*row's arguments) for each row (name, arguments, says...)."""
     for name, arguments, *says in table:
+        assert name not in CASES, name
         CASES[name] = (make(*arguments), tuple(says))
 
 

@@ -35,7 +35,7 @@ cases(
         ("recipe builds objects", (recipe_text, "a: !!python/object/apply:os.system [echo]"), "tag"),
         ("recipe lacks keys", (recipe_text, "seed: 1"), "`output_dir` is missing", "`backbone` is missing"),
         ("unknown key", (override, "training.learning_rte=1"), "did you mean `training.learning_rate`"),
-        ("wrong type", (override, "training.epochs=two"), '`training.epochs` is "two"; give a whole number'),
+        ("word for a number", (override, "training.epochs=two"), '`training.epochs` is "two"; give a whole number'),
         ("override without value", (override, "training.epochs"), "expected dotted.key=value"),
         ("rank too long", (override, "adapter.rank=[4,4,4,4]"), "`rank` has 4 entries", "3 inner bonds"),
         ("rank zero", (override, "adapter.rank=0"), "`rank` must be at least 1"),
