@@ -130,7 +130,9 @@ def _report(scores: dict[str, dict[str, TaskScore]], opened: Reopened, console: 
             own = " (the harness's metric for this task)" if metric == before.metric else ""
             verdict = "rises" if gain > 2 * error else "falls" if gain < -2 * error else "stays within the noise"
             size = f" = {gain / error:+.1f} standard errors of the paired difference" if error > 0 else ""
-            console.print(f"{task} {metric}{own}: {verdict}, {100 * gain:+.1f} points{size}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{task} {metric}{own}: {verdict}, {100 * gain:+.1f} points{size}", highlight=False, soft_wrap=True
+            )
 
 
 @torch.no_grad()

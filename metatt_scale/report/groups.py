@@ -178,7 +178,7 @@ def make_groups(runs: Sequence[Run], labels: Sequence[str] | None = None) -> lis
     for run in runs:
         together.setdefault(json.dumps(_settings(run.recipe), sort_keys=True), []).append(run)
     members = list(together.values())
-    names = _names([_settings(group[0].recipe) for group in members]) or [members[0][0].name]
+    names = _names([group[0].recipe for group in members]) or [members[0][0].name]
     if labels is not None:
         if len(labels) != len(members):
             found = "; ".join(names)
@@ -196,7 +196,7 @@ def make_groups(runs: Sequence[Run], labels: Sequence[str] | None = None) -> lis
     ]
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def _settings(recipe: Recipe, **which: bool) -> dict[str, Any]:
     """Return the dotted keys of a recipe with their values, without those that make no difference."""
     flat: dict[str, Any] = {}
 
@@ -207,17 +207,23 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
             else:
                 flat[prefix + key] = value
 
-    add(recipe.model_dump(mode="json", exclude=set(_NO_DIFFERENCE)), "")
+    add(recipe.model_dump(mode="json", exclude=set(_NO_DIFFERENCE), **which), "")
     return flat
 
 
-def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a name per group out of the keys in which they differ; none for a single group."""
-    if len(settings) < 2:
+def _names(recipes: Sequence[Recipe]) -> list[str]:
+    """Return a name per group out of the keys in which they differ; none for a single group.
+
+    Of a section that some have not (`sweep`) those say so once, and the others what they set in it.
+    """
+    if len(recipes) < 2:
         return []
-    keys = dict.fromkeys(key for group in settings for key in group)
+    settings = [_settings(recipe) for recipe in recipes]
+    given = {key for recipe in recipes for key in _settings(recipe, exclude_defaults=True)}
+    told = {key for key in settings[0] if all(key in group for group in settings)} | given
+    keys = dict.fromkeys(key for group in settings for key in group if key in told or group[key] is None)
     differing = [key for key in keys if len({json.dumps(group.get(key)) for group in settings}) > 1]
-    return [", ".join(f"{key}={_shown(group.get(key))}" for key in differing) for group in settings]
+    return [", ".join(f"{key}={_shown(group[key])}" for key in differing if key in group) for group in settings]
 
 
 def _shown(value: Any) -> str:

@@ -299,6 +299,16 @@ def test_groups_are_called_after_what_differs(tmp_path):
     assert [group.name for group in groups_of(runs[0], runs[2])] == ["a"]
 
 
+def test_a_section_that_others_have_not_is_named_by_what_it_sets(tmp_path):
+    sweep = {"schedule": [{"after": 3, "rank": 2}]}
+    plain = make_run(tmp_path / "plain", "fixed", 1)
+    swept = make_run(tmp_path / "swept", "fixed", 1, sweep=sweep)
+    assert [group.name for group in groups_of(plain, swept)] == [
+        "sweep=null",
+        'sweep.schedule=[{"after": 3, "rank": 2}]',
+    ]
+
+
 def test_names_cannot_add_to_the_page(tmp_path):
     runs = [make_run(tmp_path / "<script>alert(1)"), make_run(tmp_path / "$b$_&", "swept")]
     out = tmp_path / "out"
