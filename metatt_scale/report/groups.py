@@ -196,7 +196,7 @@ def make_groups(runs: Sequence[Run], labels: Sequence[str] | None = None) -> lis
     ]
 
 
-def _settings(recipe: Recipe, **which: bool) -> dict[str, Any]:
+def _settings(recipe: Recipe, *, without_defaults: bool = False) -> dict[str, Any]:
     """Return the dotted keys of a recipe with their values, without those that make no difference."""
     flat: dict[str, Any] = {}
 
@@ -207,7 +207,8 @@ def _settings(recipe: Recipe, **which: bool) -> dict[str, Any]:
             else:
                 flat[prefix + key] = value
 
-    add(recipe.model_dump(mode="json", exclude=set(_NO_DIFFERENCE), **which), "")
+    given = recipe.model_dump(mode="json", exclude=set(_NO_DIFFERENCE), exclude_defaults=without_defaults)
+    add(given, "")
     return flat
 
 
@@ -219,11 +220,15 @@ def _names(recipes: Sequence[Recipe]) -> list[str]:
     if len(recipes) < 2:
         return []
     settings = [_settings(recipe) for recipe in recipes]
-    given = {key for recipe in recipes for key in _settings(recipe, exclude_defaults=True)}
-    told = {key for key in settings[0] if all(key in group for group in settings)} | given
-    keys = dict.fromkeys(key for group in settings for key in group if key in told or group[key] is None)
-    differing = [key for key in keys if len({json.dumps(group.get(key)) for group in settings}) > 1]
-    return [", ".join(f"{key}={_shown(group[key])}" for key in differing if key in group) for group in settings]
+    given = {key for recipe in recipes for key in _settings(recipe, without_defaults=True)}
+    told = given | {key.rpartition(".")[0] for key in given}  # where a section is absent it is a key itself
+
+    def differs(key: str) -> bool:
+        values = {json.dumps(group[key]) if key in group else "" for group in settings}
+        return len(values) > 1 and (key in told or "" not in values)
+
+    keys = [key for key in dict.fromkeys(key for group in settings for key in group) if differs(key)]
+    return [", ".join(f"{key}={_shown(group[key])}" for key in keys if key in group) for group in settings]
 
 
 def _shown(value: Any) -> str:
