@@ -68,7 +68,12 @@ METHODS = {
 
 
 def build_adapter(
-    model: PreTrainedModel, recipe: Recipe, world: World | None = None, engine: Engine | None = None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    world: World | None = None,
+    engine: Engine | None = None,
+    *,
+    resumes: bool = False,
 ) -> Adapter:
     """Freeze the model, and put a new adapter beside it. All ranks of a sharded model call this.
 
@@ -77,6 +82,7 @@ def build_adapter(
         recipe: with the adapter's section.
         world: the ranks; one process where absent.
         engine: what has sharded the model.
+        resumes: a checkpoint will fill it, so nothing is read from `adapter.start_from`, which may be gone by now.
 
     Raises:
         ValueError: the adapter does not fit the model.
@@ -90,7 +96,7 @@ def build_adapter(
         if start is not None:
             start(adapter, model, world or World(device=next(model.parameters()).device), engine)
     _train_head(model, recipe, adapter)
-    if recipe.adapter.start_from is not None:
+    if recipe.adapter.start_from is not None and not resumes:
         assert isinstance(adapter, ChainAdapter), "the recipe refuses others"
         go_on(model, recipe, adapter)
     return adapter

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and a resume that gives the same bits.
 
     checkpoints/step-000100/
-        state.safetensors   trained values, AdamW moments, the best values so far
+        state.safetensors   trained values, AdamW moments, the best values so far, a classifier's frozen head
         state.json          step, counters, the recipe, world size and threads
         COMPLETE            hashes of the two, written last; the folder is renamed into place after that
 
@@ -68,6 +68,8 @@ class RunState:
     """Target tokens trained on (of a classifier: examples)."""
     start_scores: dict[str, float] = field(default_factory=dict)
     """Scores before the first step, of a run that goes on from another one."""
+    tasks_before: list[str] = field(default_factory=list)
+    """Tasks of that other one."""
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     """Sweeps so far: step, and ranks after it."""
     finished: bool = False
@@ -103,6 +105,8 @@ class Snapshot:
     """AdamW's state of the trained ones; empty before the first step."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The adapter's tensors at the best evaluation so far, if there was one."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """A classifier's frozen head, whole: without it the adapter means nothing, and it may come from another run."""
     inputs: str = ""
     """Digest of the tokenised records and of the backbone's weights."""
     world_size: int = 1
@@ -112,6 +116,7 @@ class Snapshot:
         """Return what JSON can hold and the named tensors: the form on disk and on the wire."""
         tensors = {f"value:{name}": value for name, value in self.values.items()}
         tensors |= {f"best:{name}": value for name, value in self.best.items()}
+        tensors |= {f"head:{name}": value for name, value in self.head.items()}
         for name, moments in self.moments.items():
             tensors |= {f"adam:{name}:{key}": value for key, value in moments.items()}
         state = {
@@ -139,6 +144,7 @@ class Snapshot:
             values=_named(tensors, "value:"),
             moments=moments,
             best=_named(tensors, "best:"),
+            head=_named(tensors, "head:"),
             inputs=state["inputs"],
             world_size=state["world_size"],
             threads=state["threads"],
@@ -156,6 +162,7 @@ def take_snapshot(
     best: Mapping[str, Tensor],
     inputs: str,
     world_size: int,
+    head: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
     """Collect what `save` writes."""
     return Snapshot(
@@ -163,6 +170,7 @@ def take_snapshot(
         values=adapter.tensors(),
         moments=moments_of(optimizer, adapter.trained()),
         best=dict(best),
+        head=dict(head or {}),
         inputs=inputs,
         world_size=world_size,
         threads=torch.get_num_threads(),

@@ -68,8 +68,8 @@ class Trainer:
     folder: Path
     console: Console
     """Silent on all ranks but the first."""
-    tasks_before: tuple[str, ...] = ()
-    """Tasks of the run that this one goes on from."""
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    """A classifier's frozen head, whole."""
     progress: RunState = field(default_factory=RunState)
     best: dict[str, Tensor] = field(default_factory=dict)
     """The adapter's tensors at the best evaluation so far."""
@@ -279,7 +279,7 @@ class Trainer:
             scores = self.evaluate()
             self._judge(scores)
             report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
-            if lost := forgetting(self.recipe, self.tasks_before, self.progress.start_scores, scores):
+            if lost := forgetting(self.recipe, self.progress.tasks_before, self.progress.start_scores, scores):
                 report["forgetting"] = lost
             if self.chain is not None:
                 report["spectra"] = spectra(full_cores(self.chain.spec, list(self.chain.cores)))
@@ -327,7 +327,7 @@ class Trainer:
     def _save(self) -> None:
         def write() -> None:
             snapshot = checkpoint.take_snapshot(
-                self.adapter, self.optimizer, self.progress, self.best, self.inputs, self.world.size
+                self.adapter, self.optimizer, self.progress, self.best, self.inputs, self.world.size, self.head
             )
             checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe)
 

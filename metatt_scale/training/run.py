@@ -95,9 +95,7 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
             if recipe.training.keep == "best" and trainer.best:
                 trainer.adapter.set_values(trainer.best)
             check_result(trainer.adapter, trainer.progress)
-            frozen_head = recipe.classifier is not None and recipe.classifier.head == "frozen"
-            head = head_tensors(trainer.model) if frozen_head else None
-            world.on_first(lambda: _write_adapter(folder / "adapter", trainer, head))
+            world.on_first(lambda: _write_adapter(folder / "adapter", trainer))
     console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
     return TrainedRun(model=trainer.model, tokenizer=tokenizer, adapter=trainer.adapter, folder=folder)
 
@@ -132,7 +130,9 @@ def _assemble(
         head_std = recipe.classifier.init_std if recipe.classifier else None
         model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head_std)
     check_trainable(model, data)
-    adapter = build_adapter(model, recipe, world, engine)
+    resumes, _ = world.from_first(lambda: (bool(checkpoint.list_checkpoints(folder / "checkpoints")), {}))
+    adapter = build_adapter(model, recipe, world, engine, resumes=bool(resumes))
+    frozen_head = recipe.classifier is not None and recipe.classifier.head == "frozen"
     _report_adapter(adapter, console)
     if world.size > 1:
         console.print(f"{world.size} ranks, backbone: {launch.strategy}", highlight=False)
@@ -143,11 +143,12 @@ def _assemble(
         data=data,
         inputs=inputs,
         pad_token_id=_pad_id(tokenizer),
-        tasks_before=known_tasks(recipe),
+        head=head_tensors(model) if frozen_head else {},
         world=world,
         folder=folder,
         console=console,
     )
+    trainer.progress.tasks_before = [] if resumes else list(known_tasks(recipe))
     if recipe.backbone.compile:
         compile_layers(model)  # not before: the trainer tries the model, on inputs that are not worth a compilation
     return trainer
@@ -192,6 +193,19 @@ def _resume(trainer: Trainer) -> None:
     trainer.install(snapshot.values, snapshot.moments)
     trainer.progress = snapshot.progress
     trainer.best = {name: value.to(trainer.world.device) for name, value in snapshot.best.items()}
+    _put_head(trainer, snapshot.head)
+
+
+@torch.no_grad()
+def _put_head(trainer: Trainer, head: dict[str, torch.Tensor]) -> None:
+    """Give the model the frozen head of a checkpoint, where it does not follow from the seed."""
+    if all(torch.equal(trainer.head[name], value) for name, value in head.items()):
+        return
+    assert trainer.recipe.adapter.start_from is not None, "else both follow from the seed"
+    parameters = dict(trainer.model.named_parameters())
+    for name, value in head.items():
+        parameters[name].copy_(value)
+    trainer.head = head
 
 
 def _check_origin(trainer: Trainer, path: str, snapshot: Snapshot) -> None:
@@ -219,9 +233,9 @@ def _warn(console: Console, message: str) -> None:
     console.print(message, style="yellow", highlight=False, soft_wrap=True)
 
 
-def _write_adapter(target: Path, trainer: Trainer, head: dict[str, torch.Tensor] | None) -> None:
+def _write_adapter(target: Path, trainer: Trainer) -> None:
     with new_folder(target, replace=True) as temporary:
-        save_adapter(temporary, trainer.adapter, describe(trainer), head)
+        save_adapter(temporary, trainer.adapter, describe(trainer), trainer.head or None)
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:

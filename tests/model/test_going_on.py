@@ -1,13 +1,18 @@
 """A run that goes on from another one's chain: same function at the start, more tasks, and what is forgotten."""
 
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from metatt_scale.reopen import reopen
-from metatt_scale.training import train
+from metatt_scale.training import TrainingStopped, train
+from metatt_scale.training.loop import Trainer
 from tests.model.test_tasks import records, toy_tasks
 from tests.tiny import FLOAT32
 from tests.toy import BERT, UNDROPPED, make_trainer, metrics, quiet, toy_classifier, toy_recipe, write_toy
@@ -63,6 +68,32 @@ def test_what_is_forgotten_is_reported(tmp_path):
         assert line["forgetting"]["even"] == pytest.approx(before["eval_even_accuracy"] - line["eval_even_accuracy"])
     again = train(recipe, quiet())  # finished: nothing is evaluated anew
     assert np.allclose([c.detach() for c in again.adapter.cores[0]], [c.detach() for c in run.adapter.cores[0]])
+
+
+def test_a_stopped_run_no_longer_needs_the_other_one(tmp_path, monkeypatch):
+    """Its checkpoint has the frozen head of the first run, which no seed gives, and the names of its tasks."""
+    first = train(recipe_of(tmp_path, FIRST, output="first"), quiet())
+    recipe = recipe_of(tmp_path, SECOND, start_from=str(first.folder), seed=2)
+    expected = train(recipe, quiet())
+    last = max((expected.folder / "checkpoints").iterdir())
+    assert any(name.startswith("head:") for name in load_file(last / "state.safetensors"))
+    again = recipe_of(tmp_path, SECOND, start_from=str(first.folder), seed=2, output="again")
+    launch = Trainer._launch
+
+    def stop_after_three(self):
+        launch(self)
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        patch.setattr(Trainer, "_launch", stop_after_three)
+        train(again, quiet())
+    shutil.rmtree(first.folder)
+    found = train(again, quiet())
+    for name in ("metatt.safetensors", "head.safetensors"):
+        one, other = (load_file(run.folder / "adapter" / name) for run in (found, expected))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert metrics(found.folder)[-1]["forgetting"].keys() == {"even", "sum"}
 
 
 def test_a_language_model_goes_on(tmp_path):
