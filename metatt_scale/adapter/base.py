@@ -8,6 +8,7 @@ steps.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class LoraPair(NamedTuple):
     """(output x r)"""
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The owner of all trained parameters of a run."""
 
     alpha = 1.0
@@ -65,17 +66,17 @@ class Adapter(nn.Module):
         """The adapted modules."""
         return self.target_map.targets
 
+    @abstractmethod
     def attach(self, model: PreTrainedModel) -> None:
         """Freeze the model and take effect in it.
 
         Raises:
             ValueError: it has an adapter already.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def own(self) -> dict[str, nn.Parameter]:
         """Return the parameters of this kind of adapter by name, in an order that is the same on every rank."""
-        raise NotImplementedError
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return all parameters by name: the adapter's own, then those of a trained head."""
@@ -118,13 +119,13 @@ class Adapter(nn.Module):
                 if name in values:
                     place.copy_(values[name])
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return the form of the adapter, as JSON can hold it: with `tensors` enough to make it again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> str:
         """Return the form of the adapter in a few words."""
-        raise NotImplementedError
 
     def lora_pairs(self) -> list[LoraPair]:
         """Return the exact LoRA factors of every target, alpha left out; of `task` where tasks differ.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -42,12 +43,12 @@ class LinearAdapter(Adapter):
         self.alpha = alpha
         self.leaves = leaves
 
+    @abstractmethod
     def behind(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """Return the output of target `index` for its input x (..., d_in) and the frozen output y (..., d_out).
 
         y may be a view that nothing may write into.
         """
-        raise NotImplementedError
 
     def attach(self, model: PreTrainedModel) -> None:
         """Put a module behind every target."""

@@ -11,6 +11,7 @@ the loop adds up their gradients like those of a chain.
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,9 +84,9 @@ class PeftAdapter(Adapter):
         for parameter in tree.parameters():
             parameter.requires_grad_(id(parameter) in mine)
 
+    @abstractmethod
     def _put_layers(self, tree: nn.Module) -> nn.Module:
         """Let PEFT put its layers into the tree, and return what it calls a tuner."""
-        raise NotImplementedError
 
     def _shared_settings(self) -> dict[str, Any]:
         return {
