@@ -20,6 +20,7 @@ from metatt_scale.adapter.saved import (
     read_head,
     read_targets,
     save_adapter,
+    set_head,
     trained_head,
 )
 from metatt_scale.adapter.size import norm_in_use
@@ -57,6 +58,7 @@ __all__ = [
     "read_head",
     "read_targets",
     "save_adapter",
+    "set_head",
     "train_head",
     "trained_head",
     "unmerge",

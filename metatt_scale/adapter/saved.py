@@ -179,7 +179,7 @@ def put_head(model: PreTrainedModel, folder: Path) -> None:
     """
     head = read_head(folder)
     if head is not None:
-        _put_head(model, head, folder)
+        set_head(model, head, f"{folder / HEAD}")
 
 
 def read_head(folder: Path) -> dict[str, Tensor] | None:
@@ -196,13 +196,18 @@ def read_head(folder: Path) -> dict[str, Tensor] | None:
         raise ValueError(f"{folder / HEAD}: damaged ({error!r})") from None
 
 
-def _put_head(model: PreTrainedModel, head: Mapping[str, Tensor], folder: Path) -> None:
+def set_head(model: PreTrainedModel, head: Mapping[str, Tensor], where: str) -> None:
+    """Give a model the values of a head, by name; `where` they stand is for the error.
+
+    Raises:
+        ValueError: a model without such a head.
+    """
     parameters = dict(model.named_parameters())
     for name, value in head.items():
         found = tuple(parameters[name].shape) if name in parameters else "none of that name"
         if found != tuple(value.shape):
             raise ValueError(
-                f"{folder / HEAD}: holds {name} of shape {tuple(value.shape)}, but {type(model).__name__} has {found}"
+                f"{where}: holds {name} of shape {tuple(value.shape)}, but {type(model).__name__} has {found}"
                 "; load the backbone with the recipe's `classifier`"
             )
         with torch.no_grad():

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale import __version__
-from metatt_scale.adapter import Adapter, save_adapter
+from metatt_scale.adapter import Adapter, save_adapter, set_head
 from metatt_scale.backbone import (
     compile_layers,
     head_tensors,
@@ -196,15 +196,12 @@ def _resume(trainer: Trainer) -> None:
     _put_head(trainer, snapshot.head)
 
 
-@torch.no_grad()
 def _put_head(trainer: Trainer, head: dict[str, torch.Tensor]) -> None:
     """Give the model the frozen head of a checkpoint, where it does not follow from the seed."""
     if all(torch.equal(trainer.head[name], value) for name, value in head.items()):
         return
     assert trainer.recipe.adapter.start_from is not None, "else both follow from the seed"
-    parameters = dict(trainer.model.named_parameters())
-    for name, value in head.items():
-        parameters[name].copy_(value)
+    set_head(trainer.model, head, "the checkpoint")
     trainer.head = head
 
 
