@@ -82,12 +82,6 @@ class ChainSpec:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
-    def lora_rank(self) -> int:
-        """Rank of the exact LoRA form: the bond to the left of B."""
-        modes, bonds = self._forward_order()
-        return bonds[_cut(modes)[1] - 1]
-
-    @property
     def middle_bonds(self) -> tuple[int, int]:
         """The bonds left and right of C, the product of the middle cores."""
         modes, bonds = self._forward_order()

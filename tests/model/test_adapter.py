@@ -238,7 +238,7 @@ def test_lora_form_is_exact(order):
     randomise(adapter)
     for target, pair in zip(adapter.targets, adapter.lora_pairs(), strict=True):
         expected = dense_delta(adapter, target, list(adapter.cores)).mT
-        assert pair.path == target.path and pair.lora_A.shape[0] == adapter.spec.lora_rank
+        assert pair.path == target.path and pair.lora_A.shape[0] == recipe.rank
         got = adapter.alpha * pair.lora_B @ pair.lora_A
         assert (got - expected).norm() < FLOAT64 * expected.norm()
 
