@@ -197,10 +197,9 @@ def _resume(trainer: Trainer) -> None:
 
 
 def _put_head(trainer: Trainer, head: dict[str, torch.Tensor]) -> None:
-    """Give the model the frozen head of a checkpoint, where it does not follow from the seed."""
+    """Give the model a checkpoint's frozen head: that of `start_from`'s run, or the numbers of another torch."""
     if all(torch.equal(trainer.head[name], value) for name, value in head.items()):
         return
-    assert trainer.recipe.adapter.start_from is not None, "else both follow from the seed"
     set_head(trainer.model, head, "the checkpoint")
     trainer.head = head
 
