@@ -217,7 +217,10 @@ def check_ranks(rank: Rank, kind: str | None = None, key: str = "rank") -> None:
     """
     each = rank if isinstance(rank, tuple) else (rank,)
     if not each or min(each) < 1 or max(each) > 8192:
-        raise ValueError(f"`{key}` must be at least 1 and at most 8192; give one number, or one per inner bond")
+        shown = list(rank) if isinstance(rank, tuple) else rank
+        raise ValueError(
+            f"`{key}` is {shown}; ranks must be at least 1 and at most 8192: give one number, or one per inner bond"
+        )
     if kind is not None and kind not in INNER_BONDS:
         if isinstance(rank, tuple):
             raise ValueError(f"`{key}` is {list(rank)}, but {kind} has one rank; give one number")

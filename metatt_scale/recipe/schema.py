@@ -92,6 +92,10 @@ class TrainingRecipe(Section):
     """`auto` goes on from the newest valid checkpoint in `output_dir`; `exact` also refuses another number of ranks
     or threads than the checkpoint's (the bits would differ); `never` refuses a folder that has checkpoints."""
 
+    def steps(self, per_epoch: int) -> int:
+        """Return the number of optimizer steps of a run."""
+        return self.max_steps or self.epochs * per_epoch
+
     @model_validator(mode="after")
     def _check(self) -> TrainingRecipe:
         for name in ("eval_every", "save_every"):
@@ -271,9 +275,14 @@ class Recipe(Section):
                 "that it could cut; leave `sweep` out, or choose a metatt kind or lotr"
             )
         for i, point in enumerate(sweep.schedule):
-            check_ranks(point.rank, self.adapter.kind, f"sweep.schedule[{i}].rank")
+            check_ranks(point.rank, self.adapter.kind, f"sweep.schedule.{i}.rank")
         if sweep.formula is not None and not isinstance(self.adapter.rank, int):
             raise ValueError("`sweep.formula` starts from one rank for all bonds; give `adapter.rank` as one number")
+        training = self.training
+        if sweep.unit == "step" and training.max_steps is not None:
+            sweep.check_reach(training.max_steps, "`training.max_steps`")
+        if sweep.unit == "epoch" and training.max_steps is None:
+            sweep.check_reach(training.epochs, "`training.epochs`")
 
     def _check_classifier(self) -> None:
         if self.data.format != "sentences":

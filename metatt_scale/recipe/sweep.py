@@ -35,6 +35,11 @@ class RankFormula(Section):
     gamma: float = Field(default=2.0, gt=0, le=100)
     """Larger: later cuts are the larger ones."""
 
+    def ranks(self, first: int) -> tuple[int, ...]:
+        """Return the ranks after each sweep of a chain that starts at rank `first`."""
+        parts = (1 - (i / self.sweeps) ** self.gamma for i in range(1, self.sweeps + 1))
+        return tuple(round(self.final_rank + (first - self.final_rank) * part) for part in parts)
+
 
 class SweepRecipe(Section):
     """DMRG-inspired sweeps (paper algorithm 1): ranks that change while the chain is trained."""
@@ -55,7 +60,8 @@ class SweepRecipe(Section):
     min_rank: int = Field(default=1, ge=1)
     """`max_discarded_weight` cuts no bond below this rank."""
     max_rank: int | None = Field(default=None, ge=1)
-    """`max_discarded_weight` cuts every bond to this rank at least."""
+    """`max_discarded_weight` leaves no bond wider than this. With `local_steps` bonds may grow so far, and not beyond
+    their present rank when it is absent; otherwise they never grow."""
     form: Literal["canonical", "as_printed"] = "canonical"
     """`canonical` brings the chain to canonical form before it cuts, so that the discarded singular values are the
     error; `as_printed` is the paper's algorithm as it stands."""
@@ -69,12 +75,32 @@ class SweepRecipe(Section):
     moments: Literal["reset", "transport"] = "reset"
     """AdamW's moments after a sweep: forgotten (paper), or carried over to the new cores."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises again after a sweep."""
+    """Steps over which the learning rate rises again after a sweep, no more than there are before the next one."""
     local_steps: int = Field(default=0, ge=0)
     """DMRG proper (paper appendix C): at each bond merge both cores and train them as one for so many steps before
     they are split; 0 only splits."""
     local_learning_rate: float | None = Field(default=None, gt=0, le=100)
     """Learning rate of those steps; `training.learning_rate` when absent."""
+
+    @property
+    def reaches(self) -> int:
+        """Epochs or steps (see `unit`) that a run needs to be swept: for `max_discarded_weight` once, else always."""
+        if self.formula is not None:
+            return self.every * self.formula.sweeps
+        return self.schedule[-1].after if self.schedule else self.every
+
+    def check_reach(self, length: int, what: str) -> None:
+        """Refuse a run that ends before its sweeps do: its ranks would be others than asked for.
+
+        Raises:
+            ValueError: `length`, in epochs or steps, is too short; `what` says where it comes from.
+        """
+        if self.reaches > length:
+            which = "first" if self.max_discarded_weight is not None else "last"
+            raise ValueError(
+                f"the {which} sweep is due after {self.unit} {self.reaches}, but the run ends after {length} "
+                f"({what}); sweep earlier (`sweep.schedule`, `sweep.every`), or train longer"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> SweepRecipe:
@@ -94,10 +120,18 @@ class SweepRecipe(Section):
             raise ValueError(f"`max_rank` is {self.max_rank}, below `min_rank` {self.min_rank}")
         if self.schedule and self.every != 1:
             raise ValueError("`every` is for `formula` and `max_discarded_weight`; `schedule` says when by `after`")
+        if self.last is not None and self.last < self.every:
+            raise ValueError(f"`last` is {self.last}, before the first sweep (`every` is {self.every})")
+        self._check_ways()
+        return self
+
+    def _check_ways(self) -> None:
+        """Refuse ways of cutting that exclude each other, and keys that say nothing beside the others."""
         if self.importance == "sensitivity" and (self.form == "as_printed" or self.local_steps):
             raise ValueError("`importance: sensitivity` needs `form: canonical` and `local_steps: 0`")
         if self.local_steps and self.form == "as_printed":
             raise ValueError("`local_steps` works on a canonical chain; set `form: canonical`")
         if self.local_learning_rate is not None and not self.local_steps:
             raise ValueError("`local_learning_rate` is given, but `local_steps` is 0")
-        return self
+        if self.importance != "sensitivity" and self.model_dump(include={"probe_batches"}, exclude_defaults=True):
+            raise ValueError("`probe_batches` is for `importance: sensitivity`, which is not set; leave it out")

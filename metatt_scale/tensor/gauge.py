@@ -101,11 +101,16 @@ class GaugeChange:
     y: tuple[Tensor, ...]
     """(K', K) per bond."""
 
+    def new_directions(self, bond: int) -> Tensor:
+        """Return which directions of a bond (the outer ones counted) the old chain lacks, (K',)."""
+        lengths = self.x[bond].norm(dim=0)
+        return lengths <= _RELATIVE_CUTOFF * lengths.max()
+
 
 def gauge_change(old: Chain, new: Chain) -> GaugeChange:
     """Return X and Y with G'_k ~ Y_{k-1} G_k X_k: least squares of the blocks left and right of every bond.
 
-    Directions that the old chain lacks (`enrich`) get zeros. In O(d n r^3).
+    Directions that the old chain lacks (`enrich`) get zeros in X, and in Y what rounding leaves. In O(d n r^3).
     """
     x = _left_changes(old, new)
     mirrored = ([core.permute(2, 1, 0) for core in reversed(chain)] for chain in (old, new))
@@ -140,8 +145,11 @@ def transport_variance(change: GaugeChange, k: int, variance_PNQ: Tensor) -> Ten
 
     A sum of uncorrelated terms has the sum of their second moments: the squares of the matrices of
     `transport_gradient` carry it, so it cannot turn negative. AdamW keeps no correlations that could do better.
-    New directions, which no gradient has met, get the mean of the core.
+    New directions, which no gradient has met, get the mean of the others: hardly any would mean huge steps.
     """
     half = torch.tensordot(change.x[k].mT.square(), variance_PNQ, 1)
     moved = torch.tensordot(half, change.y[k + 1].mT.square(), 1)
-    return torch.where(moved == 0, moved.mean(), moved)
+    new_PQ = change.new_directions(k)[:, None] | change.new_directions(k + 1)
+    known = moved.transpose(1, 2)[~new_PQ]
+    mean = known.mean() if len(known) else variance_PNQ.mean()
+    return torch.where(new_PQ[:, None], mean, moved)

@@ -82,11 +82,12 @@ def sweep(
             algorithm as printed.
 
     Raises:
-        ValueError: not a chain, a rank below 1, a bound outside [0, 1), or entries that are not finite.
+        ValueError: no chain, a rank below 1, a bound outside [0, 1), not finite, or `scores` without `canonical`.
     """
     _check(cores, min_rank, max_discarded_weight)
     caps = _caps(max_ranks, len(cores) - 1)
     dtype = cores[0].dtype
+    _check_scores(scores, canonical)
     moving = [core.to(torch.float64) for core in cores]
     at_centre = canonicalise(moving, 0)
     if not at_centre[0].any():
@@ -190,3 +191,8 @@ def _check(cores: Chain, min_rank: int, max_discarded_weight: float | None) -> N
         raise ValueError(
             f"max_discarded_weight is {max_discarded_weight}; give the part of a bond's weight that may go, in [0, 1)"
         )
+
+
+def _check_scores(scores: Scores | None, canonical: bool) -> None:
+    if scores is not None and not canonical:
+        raise ValueError("scores need singular vectors that are orthonormal; leave `canonical` true")

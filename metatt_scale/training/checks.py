@@ -18,6 +18,7 @@ from metatt_scale.adapter import Adapter
 from metatt_scale.data import PreparedData
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.checkpoint import RunState, list_checkpoints
+from metatt_scale.training.sweep_plan import plan_sweeps
 
 
 def check_resume(folder: Path, recipe: Recipe) -> None:
@@ -28,6 +29,12 @@ def check_resume(folder: Path, recipe: Recipe) -> None:
             f"{folder / 'checkpoints'} holds checkpoints ({found[-1].name}) and training.resume is never; choose "
             "another output_dir, remove the folder, or set training.resume: auto"
         )
+
+
+def check_sweeps(recipe: Recipe, data: PreparedData) -> None:
+    """Refuse sweeps that do not fit into the run: its length is known before anything large is loaded."""
+    per_epoch = data.train.steps_per_epoch(recipe.training.batch_size)
+    plan_sweeps(recipe, per_epoch, recipe.training.steps(per_epoch))
 
 
 def check_result(adapter: Adapter, progress: RunState) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metatt_scale.adapter import ChainAdapter
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe
-from metatt_scale.tensor import Cut, canonicalise, cut_pair
+from metatt_scale.tensor import Cut, canonicalise, cut_pair, ranks
 from metatt_scale.training.optimizer import apply, clip, make_optimizer
 from metatt_scale.training.reduce import PendingSums
 
@@ -38,10 +38,18 @@ def optimise_bonds(
     """Train and cut every bond from left to right; return the chain (float64, centre on the right) and the cuts.
 
     All ranks call this together; the cuts are of use on rank 0 only. The adapter is left with a merged chain.
+
+    Args:
+        recipe: of the run, with a section `sweep`.
+        caps: rank per bond; None leaves it at most as wide as it is, for a trained pair has a full spectrum.
+        adapter: computes the gradients.
+        cores: the chain.
+        world: the ranks.
+        gradients: see `Gradients`.
     """
     assert recipe.sweep is not None
     cuts: list[Cut] = []
-    for k, cap in enumerate(caps):
+    for k, (cap, before) in enumerate(zip(caps, ranks(cores), strict=True)):
         merged = world.tensors_from_first(lambda k=k, cores=cores: merge_pair(cores, k))
         adapter.set_cores(merged)
         left = merged[k]
@@ -50,7 +58,7 @@ def optimise_bonds(
         trained = [core.detach().to("cpu", torch.float64) for core in adapter.cores]
         *halves, cut = cut_pair(
             torch.tensordot(trained[k], trained[k + 1], 1),
-            max_rank=cap,
+            max_rank=before if cap is None else cap,
             min_rank=recipe.sweep.min_rank,
             max_discarded_weight=recipe.sweep.max_discarded_weight,
         )

@@ -78,7 +78,7 @@ class Trainer:
         training = self.recipe.training
         self.optimizer = make_optimizer(self.adapter.trained().values(), training)
         self.order = BatchOrder(self.data.train, self.recipe.seed, training.batch_size)
-        self.total_steps = training.max_steps or training.epochs * self.order.steps_per_epoch
+        self.total_steps = training.steps(self.order.steps_per_epoch)
         self.sweeps = plan_sweeps(self.recipe, self.order.steps_per_epoch, self.total_steps)
         self.signals = SignalCatcher()
         self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
@@ -147,7 +147,6 @@ class Trainer:
         """Return how many steps may stay unread: the one in work, unless something is due that needs its numbers."""
         training, hopeless = self.recipe.training, self._is_hopeless()
         due = self._due(training.eval_every) or self._due(training.save_every) or self._replicas_due()
-        due = due or self.sweeps.due(self.progress.step)
         return 0 if not self.read_late or self.progress.finished or due or hopeless or self.stop_signal else 1
 
     def _is_logged(self, step: int, report: dict[str, Any]) -> bool:
@@ -266,6 +265,7 @@ class Trainer:
             self.progress.forget_best()
             self.best = {}
         self.install(result.values, result.moments)
+        self.stop_signal = self.stop_signal or result.stop_signal
         report["sweep"], report["ranks"] = result.report, result.report["ranks_after"]
         self.progress.sweeps.append({"step": step, "ranks": report["ranks"]})
 

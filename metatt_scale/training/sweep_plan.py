@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from metatt_scale.recipe import Recipe, SweepRecipe
@@ -32,32 +34,33 @@ def plan_sweeps(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> Sweep
     """Place the recipe's sweeps on the steps of a run.
 
     Raises:
-        ValueError: a sweep of the schedule or the formula lies behind the end of the run.
+        ValueError: the run ends before its sweeps do, or they follow each other faster than the warm-up behind them.
     """
     sweep = recipe.sweep
     if sweep is None:
         return SweepPlan(recipe=None, targets={})
     unit = steps_per_epoch if sweep.unit == "epoch" else 1
-    targets: dict[int, Rank | None] = {}
+    # An epoch that max_steps cuts short is none.
+    sweep.check_reach(total_steps // unit, f"{total_steps} steps, {steps_per_epoch} per epoch")
+    targets: dict[int, Rank | None]
     if sweep.formula is not None:
         assert isinstance(recipe.adapter.rank, int), "the recipe checks this"
-        first, last = recipe.adapter.rank, sweep.formula.final_rank
-        for i in range(1, sweep.formula.sweeps + 1):
-            left = 1 - (i / sweep.formula.sweeps) ** sweep.formula.gamma
-            targets[i * sweep.every * unit] = round(last + (first - last) * left)
+        ranks = sweep.formula.ranks(recipe.adapter.rank)
+        targets = {i * sweep.every * unit: rank for i, rank in enumerate(ranks, start=1)}
     elif sweep.schedule:
         targets = {point.after * unit: point.rank for point in sweep.schedule}
     else:
         end = total_steps if sweep.last is None else min(total_steps, sweep.last * unit)
         targets = dict.fromkeys(range(sweep.every * unit, end + 1, sweep.every * unit))
-        if not targets:
-            raise ValueError(
-                f"the first sweep is due after step {sweep.every * unit}, but none is made after step {end} (the end "
-                "of the run, or sweep.last); lower sweep.every, raise sweep.last, or train longer"
-            )
-    if max(targets, default=0) > total_steps:
-        raise ValueError(
-            f"the last sweep is due after step {max(targets)}, but the run ends after {total_steps} "
-            f"({steps_per_epoch} per epoch); sweep earlier (sweep.schedule, sweep.every), or train longer"
-        )
+    _check_warmup(sweep.warmup_steps, targets, total_steps)
     return SweepPlan(recipe=sweep, targets=targets)
+
+
+def _check_warmup(warmup_steps: int, targets: Iterable[int], total_steps: int) -> None:
+    for step, after in itertools.pairwise(sorted({*targets, total_steps})):
+        if after - step < warmup_steps:
+            what = "the run ends" if after == total_steps else "the next sweep follows"
+            raise ValueError(
+                f"`sweep.warmup_steps` is {warmup_steps}, but {what} {after - step} steps after the sweep at step "
+                f"{step}: the learning rate would not recover; give at most so many"
+            )

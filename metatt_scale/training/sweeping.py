@@ -36,6 +36,7 @@ from metatt_scale.tensor import (
 )
 from metatt_scale.training.local import Gradients, optimise_bonds
 from metatt_scale.training.optimizer import Moments
+from metatt_scale.training.reduce import PendingSums
 
 _DIGITS = 6
 
@@ -50,6 +51,8 @@ class SweepResult:
     """AdamW's state; empty for cores that start afresh."""
     report: dict[str, Any]
     """What happened, for metrics.jsonl."""
+    stop_signal: int | None
+    """One that any rank received meanwhile, as far as gradients were summed."""
 
 
 def perform_sweep(
@@ -72,7 +75,7 @@ def perform_sweep(
         gradients: leaves the gradient of the i-th global batch from here on the cores.
         seed: of new directions.
     """
-    started = time.perf_counter()
+    started, gradients = time.perf_counter(), _Listening(gradients)
     old = [core.detach().to("cpu", torch.float64) for core in adapter.cores]
     old_spec, how = adapter.spec, recipe.sweep
     assert how is not None
@@ -88,8 +91,10 @@ def perform_sweep(
         named = {f"core_{k}": core for k, core in enumerate(new32)}
         if how.moments == "transport":
             named |= _transported(moments, old, [core.double() for core in new32])
-        report = {**_report(cuts or swept.cuts, old, new, old_spec, adapter.targets), **_remarks(how, rule, wanted)}
-        return report | {"seconds": _short(time.perf_counter() - started)}, named
+        report = _report(cuts or swept.cuts, old, new, old_spec, adapter.targets)
+        # Between the cuts of local steps the chain was trained: they say nothing of the change.
+        report |= {"predicted_rel_error": None} if cuts else {}
+        return report | _remarks(how, rule, wanted) | {"seconds": _short(time.perf_counter() - started)}, named
 
     report, tensors = world.from_first(compute)
     names = [f"core_{k}" for k in range(len(old))]
@@ -97,7 +102,22 @@ def perform_sweep(
         values={name: tensors[name] for name in names},
         moments={**moments, **{name: _named(tensors, f"adam_{name}_") for name in names}},
         report=report,
+        stop_signal=gradients.stop_signal(),
     )
+
+
+class _Listening:
+    """Gradients for a sweep, and the signals that were summed with them."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        self._gradients, self._sums = gradients, list[PendingSums]()
+
+    def __call__(self, i: int) -> PendingSums:
+        self._sums.append(self._gradients(i))
+        return self._sums[-1]
+
+    def stop_signal(self) -> int | None:
+        return next((number for sums in self._sums if (number := sums.read().stop_signal) is not None), None)
 
 
 def _before_the_cut(
@@ -212,8 +232,6 @@ def _report(
 def _remarks(how: SweepRecipe, rule: dict[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
     """Return what else a reader of the account must know."""
     remarks: dict[str, Any] = {}
-    if how.local_steps:  # the chain was trained between its cuts: what they cut says nothing of the change
-        remarks["predicted_rel_error"] = None
     if wanted:  # wider than modes and neighbours make useful, maybe
         remarks["ranks_wanted"] = list(wanted)
     if how.importance == "sensitivity":

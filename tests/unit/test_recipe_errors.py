@@ -124,7 +124,7 @@ OUT_OF_RANGE = [
     case("all warm-up", "training: {warmup_ratio: 1.0}", "`training.warmup_ratio` is 1.0; it must be less than 1"),
     case("negative seed", "seed: -1", "`seed` is -1; it must be at least 0"),
     case("one checkpoint", "training: {keep_checkpoints: 1}", "`training.keep_checkpoints` is 1", "at least 2"),
-    case("rank 0", "adapter: {rank: 0}", "in `adapter`: `rank` must be at least 1"),
+    case("rank 0", "adapter: {rank: 0}", "in `adapter`: `rank` is 0; ranks must be at least 1"),
     case("beta 1", "training: {betas: [0.9, 1.0]}", "in `training`: `betas`", "both must be in [0, 1)"),
     case("one beta", "training: {betas: [0.9]}", "`training.betas` has too few entries"),
     case("three layers", "adapter: {layers: [1, 2, 3]}", "`adapter.layers` is [1, 2, 3]; it must have 2 entries"),

@@ -1,7 +1,5 @@
 """Sweeps in float64: errors against what was predicted, gauges, wider bonds, and where gradients go."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -138,7 +136,7 @@ def test_scores_decide_what_is_kept():
         return s.flip(0)  # the smallest first
 
     swept = sweep(a, max_ranks=2, scores=scores)
-    assert seen == [(0, 4), (1, 5), (2, 3)] or seen[0] == (0, 4)
+    assert seen == [(0, 4), (1, 5), (2, 3)]
     assert swept.cuts[0].kept.tolist() == [2, 3]
     assert distance(a, swept.cores) == pytest.approx(swept.predicted_error, rel=1e-12)
 
@@ -227,13 +225,33 @@ def test_transport_keeps_variances_positive_and_their_scale():
     assert (transport_variance(change, 1, variance) / expected - 1).abs().max() < 0.15
 
 
-def test_transport_to_wider_bonds():
-    a = random_chain((7, 3, 2, 6), (2, 2, 2))
-    wide = enrich(sweep(a).cores, (3, 3, 3), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("gauge", ["swept", "balanced"])
+def test_new_directions_get_the_mean_variance(gauge):
+    """In the cores of float32 that training has: rounding makes old and new directions overlap a little."""
+    a = [core.float().double() for core in random_chain((7, 3, 2, 6), (2, 2, 2))]
+    start = {"swept": sweep(a).cores, "balanced": balance(sweep(a).cores)}[gauge]
+    wide = [core.float().double() for core in enrich(start, (5, 4, 3), torch.Generator().manual_seed(0))]
     change = gauge_change(a, wide)
-    ones = [torch.ones_like(core) for core in a]
-    assert [tuple(transport_gradient(change, k, one).shape) for k, one in enumerate(ones)] == [
-        tuple(core.shape) for core in wide
-    ]
-    assert all((transport_variance(change, k, one) > 0).all() for k, one in enumerate(ones))
-    assert all(left.shape[2] == right.shape[0] for left, right in itertools.pairwise(wide))
+    generator = torch.Generator().manual_seed(1)
+    for k, (old, new) in enumerate(zip(start, wide, strict=True)):
+        variance = torch.rand(a[k].shape, generator=generator, dtype=torch.float64) + 0.1
+        moved = transport_variance(change, k, variance)
+        known = moved[: old.shape[0], :, : old.shape[2]]
+        fresh = torch.ones(new.shape, dtype=torch.bool)
+        fresh[: old.shape[0], :, : old.shape[2]] = False
+        assert moved.shape == new.shape and (known > 0).all()
+        assert ((moved[fresh] / known.mean() - 1).abs() < 1e-12).all()
+        if gauge == "swept":  # balanced cores are no isometries: their new rows are not new altogether
+            momentum = transport_gradient(change, k, variance)
+            assert momentum[fresh].abs().max() < 1e-6 * momentum.abs().max()
+
+
+def test_variances_of_a_chain_of_zeros_keep_their_mean():
+    a = [torch.zeros(1, 5, 2, dtype=torch.float64), *random_chain((5, 4, 6), (2, 2))[1:]]
+    change = gauge_change(a, sweep(a, max_ranks=1).cores)
+    assert (transport_variance(change, 1, torch.full_like(a[1], 0.5)) == 0.5).all()
+
+
+def test_scores_want_a_canonical_chain():
+    with pytest.raises(ValueError, match="orthonormal"):
+        sweep(random_chain((4, 3, 4), (2, 2)), max_ranks=1, scores=lambda _bond, s, _vh: s, canonical=False)

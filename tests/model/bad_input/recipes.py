@@ -38,7 +38,7 @@ cases(
         ("word for a number", (override, "training.epochs=two"), '`training.epochs` is "two"; give a whole number'),
         ("override without value", (override, "training.epochs"), "expected dotted.key=value"),
         ("rank too long", (override, "adapter.rank=[4,4,4,4]"), "`rank` has 4 entries", "3 inner bonds"),
-        ("rank zero", (override, "adapter.rank=0"), "`rank` must be at least 1"),
+        ("rank zero", (override, "adapter.rank=0"), "`rank` is 0; ranks must be at least 1"),
         ("init of three cores", (override, "adapter.init=ze-no-id"), "needs 4 letter pairs"),
         ("init not zero", (override, "adapter.init=no-no-no-id"), "chain that is not zero", "allow_nonzero_start"),
         ("mode order", (override, "adapter.mode_order=[input,layer,output]"), "exactly once"),
