@@ -90,18 +90,7 @@ class AdaLora(PeftAdapter):
         return found
 
     def begin(self, total_steps: int) -> None:
-        """Fit the schedule of the budget to the run.
-
-        Raises:
-            ValueError: no step is left between `tinit` and `tfinal`.
-        """
-        settings = self._settings
-        if settings.tinit >= total_steps - settings.tfinal:
-            raise ValueError(
-                f"adapter.adalora.tinit is {settings.tinit} and tfinal {settings.tfinal}, but the run has "
-                f"{total_steps} steps, so that none is left in which rank is taken away; lower one of them, or train "
-                "longer"
-            )
+        """Fit the schedule of the budget to the run."""
         self._total_steps = total_steps
         self._allocator.set_total_step(total_steps)
 

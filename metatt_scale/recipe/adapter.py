@@ -79,6 +79,18 @@ class AdaLoraRecipe(Section):
     orth_reg_weight: float = Field(default=0.5, ge=0, le=1e4)
     """Weight of the regulariser that keeps singular vectors orthonormal. The logged loss is without it."""
 
+    def check_length(self, total_steps: int) -> None:
+        """Refuse a run that is over before any rank is taken away.
+
+        Raises:
+            ValueError: no step is left between `tinit` and `tfinal`.
+        """
+        if self.tinit >= total_steps - self.tfinal:
+            raise ValueError(
+                f"adapter.adalora.tinit is {self.tinit} and tfinal {self.tfinal}, but the run has {total_steps} "
+                "steps, so that none is left in which rank is taken away; lower one of them, or train longer"
+            )
+
 
 class VeraRecipe(Section):
     """What VeRA (Kopiczko et al. 2024) starts from."""

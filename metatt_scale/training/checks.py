@@ -31,10 +31,13 @@ def check_resume(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def check_sweeps(recipe: Recipe, data: PreparedData) -> None:
-    """Refuse sweeps that do not fit into the run: its length is known before anything large is loaded."""
+def check_length(recipe: Recipe, data: PreparedData) -> None:
+    """Refuse a run that ends before its ranks have changed as asked; known before anything large is loaded."""
     per_epoch = data.train.steps_per_epoch(recipe.training.batch_size)
-    plan_sweeps(recipe, per_epoch, recipe.training.steps(per_epoch))
+    total = recipe.training.steps(per_epoch)
+    plan_sweeps(recipe, per_epoch, total)
+    if recipe.adapter.kind == "adalora":
+        recipe.adapter.adalora.check_length(total)
 
 
 def check_result(adapter: Adapter, progress: RunState) -> None:

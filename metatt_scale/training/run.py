@@ -42,9 +42,9 @@ from metatt_scale.recipe import Recipe, dump_recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import Snapshot
 from metatt_scale.training.checks import (
+    check_length,
     check_result,
     check_resume,
-    check_sweeps,
     check_trainable,
     check_writable,
     only_run,
@@ -87,7 +87,7 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         tokenizer = load_tokenizer(recipe.backbone)
         # Before the ranks meet: tokenising may take long, and a rank that waits in a collective gives up some time.
         data = _prepare(recipe, tokenizer, console)
-        check_sweeps(recipe, data)
+        check_length(recipe, data)
         timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
         with join(device, timeout, group=launch.strategy != "replicate") as world:
             trainer = _assemble(recipe, folder, console, world, launch, data, tokenizer)

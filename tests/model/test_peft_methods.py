@@ -375,7 +375,7 @@ def test_what_does_not_fit_the_model_or_the_run(tmp_path, monkeypatch):
         make_trainer(toy_recipe(tmp_path, adapter=wide))
     short = {**METHODS["adalora"], "adalora": {"init_r": 6, "tinit": 200, "tfinal": 1000}}
     with pytest.raises(ValueError, match="the run has 6 steps"):
-        make_trainer(toy_recipe(tmp_path, adapter=short))
+        train(toy_recipe(tmp_path, adapter=short), quiet())
     recipe = recipe_of(tmp_path, "lora")
     model = load_backbone(recipe.backbone, CPU)
     build_adapter(model, recipe)

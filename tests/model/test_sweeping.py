@@ -7,7 +7,7 @@ from metatt_scale.adapter import norm_in_use
 from metatt_scale.adapter.modes import factors
 from metatt_scale.recipe import RecipeError, validate
 from metatt_scale.tensor import canonicalise, norm, ranks, singular_values, subtract
-from metatt_scale.training import checkpoint, local, sweeping, train
+from metatt_scale.training import checkpoint, local, run, sweeping, train
 from metatt_scale.training.optimizer import moments_of
 from metatt_scale.training.sweep_plan import plan_sweeps
 from tests.tiny import randomise
@@ -106,6 +106,15 @@ def test_sweeps_behind_the_last_epoch_are_refused_with_the_recipe(tmp_path):
     training = {"max_steps": None, "epochs": 5}
     with pytest.raises(RecipeError, match=r"due after epoch 6, but the run ends after 5 \(`training.epochs`\)"):
         toy_recipe(tmp_path, training=training, sweep={"formula": {"final_rank": 2, "sweeps": 6}})
+
+
+def test_what_only_the_data_tell_is_refused_before_the_backbone_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_backbone", lambda *_: pytest.fail("too late"))
+    for sweep in ({"schedule": [{"after": 2, "rank": 2}]}, {**SCHEDULE, "warmup_steps": 5}):
+        with pytest.raises(ValueError, match=r"run ends after 1 \(6 steps, 4 per epoch\)|next sweep follows 4 steps"):
+            train(
+                toy_recipe(tmp_path, training={"max_steps": 6 if "unit" not in sweep else 12}, sweep=sweep), quiet()
+            )
 
 
 def test_the_formula_starts_from_one_rank(tmp_path):
