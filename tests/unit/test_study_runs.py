@@ -224,11 +224,27 @@ def test_two_invocations_do_not_meet(tmp_path, monkeypatch):
     from filelock import FileLock
 
     path = write_study(tmp_path, monkeypatch)
-    folder = tmp_path / "runs" / "studies" / "toy"
-    folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="this study is running already"):
-        study(path)
     assert study(path, table_only=True)[0] == 0
+    for lock in ("runs/studies/toy/.lock", "studies/results/.toy.lock"):
+        (tmp_path / lock).parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(tmp_path / lock):
+            with pytest.raises(ValueError, match=f"is running already, .* holds .*{lock}.*; wait for it, or stop it"):
+                study(path)
+            assert study(path, table_only=True)[0] == 0 and not lines_of(path)
+
+
+def test_one_study_is_not_run_from_two_working_folders_at_once(tmp_path, monkeypatch):
+    path = write_study(tmp_path, monkeypatch, seeds=[1], arms={"a": []})
+    (tmp_path / "elsewhere").mkdir()
+
+    def from_elsewhere(opened, run):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=r"toy\.jsonl: this study is running already, perhaps from another"):
+            study(path)
+        monkeypatch.chdir(tmp_path)
+        return fake_commands(opened, run)
+
+    assert study(path, from_elsewhere)[0] == 0 and len(lines_of(path)) == 1
 
 
 def test_the_table_alone(tmp_path, monkeypatch):
