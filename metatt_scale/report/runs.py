@@ -91,7 +91,12 @@ class Run:
 
     def values(self, key: str) -> list[float]:
         """Return the finite numbers that lines have under a key."""
-        return [value for value in (number(line, key) for line in self.lines) if math.isfinite(value)]
+        return values_of(self.lines, key)
+
+
+def values_of(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return the finite numbers that lines have under a key."""
+    return [value for value in (number(line, key) for line in lines) if math.isfinite(value)]
 
 
 def number(line: Mapping[str, Any], key: str) -> float:
@@ -103,6 +108,14 @@ def number(line: Mapping[str, Any], key: str) -> float:
 def ranks_of(line: Mapping[str, Any]) -> list[int] | None:
     """Return the ranks after a line's step and its sweep, if it had one."""
     return (line.get("sweep") or {}).get("ranks_after") or line.get("ranks")
+
+
+def of_last_ranks(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines with the ranks of the last one, among which a run has its best score.
+
+    A sweep changes the ranks, and a score of larger ones is no result of the small ones that a run ends with.
+    """
+    return [line for line in evaluations if ranks_of(line) == ranks_of(evaluations[-1])]
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metatt_scale.recipe import validate
+from metatt_scale.report.runs import of_last_ranks, ranks_of
 from metatt_scale.study.runs import OpenStudy, Run, digest_of
 from metatt_scale.study.schema import HEADLINE, Score
 
@@ -51,7 +52,7 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
         "scores": scores,
         "seconds": round(seconds, 1),
         "trainable_parameters": description["trainable_parameters"],
-        "ranks": (_ranks(evaluations[-1]) if evaluations else None) or description.get("ranks", []),  # of a chain
+        "ranks": (ranks_of(evaluations[-1]) if evaluations else None) or description.get("ranks", []),  # of a chain
         **machine,
     }
 
@@ -71,15 +72,11 @@ def _evaluations(metrics: Path, score: Score) -> list[dict[str, Any]]:
 
 
 def _numbers(evaluations: list[dict[str, Any]], score: Score) -> dict[str, Any]:
-    """Return every number of the evaluations: the last, the best, and one by one.
-
-    A sweep changes the ranks: the best is of those of the last evaluation, beside whose ranks it stands.
-    """
+    """Return every number of the evaluations: the last, the best of those with its ranks, and one by one."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(key for line in evaluations for key in line if _is_number(key, score)):
         values = [line[name] for line in evaluations if name in line]
-        comparable = [line[name] for line in evaluations if name in line and _ranks(line) == _ranks(evaluations[-1])]
-        finite = [value for value in comparable if value is not None]
+        finite = [value for line in of_last_ranks(evaluations) if (value := line.get(name)) is not None]
         best = (max if score.prefers_more(name) else min)(finite) if finite else None
         found[name] = {"last": values[-1], "best": best, "per_epoch": values}
     return found
@@ -87,11 +84,6 @@ def _numbers(evaluations: list[dict[str, Any]], score: Score) -> dict[str, Any]:
 
 def _is_number(key: str, score: Score) -> bool:
     return key.startswith("eval_") or key in score.metrics
-
-
-def _ranks(line: dict[str, Any]) -> list[int] | None:
-    """Return the ranks that a line's evaluation had: where its step ends with a sweep, those after it."""
-    return line.get("ranks")
 
 
 def _task_scores(results: Path, tasks: Sequence[str]) -> dict[str, Any]:
