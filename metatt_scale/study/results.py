@@ -82,10 +82,13 @@ class Results:
         """
         line = self._runs.get(run.key)
         if line is not None and line["digest"] != run.digest:
+            changed = f"the overrides are the same, so the recipe has changed ({run.recipe})"
+            if line["overrides"] != list(run.overrides):
+                before, now = (" ".join(overrides) or "(none)" for overrides in (line["overrides"], run.overrides))
+                changed = f"its overrides were {before}, now they are {now}, or the recipe has changed"
             raise ValueError(
-                f"{self.path} holds a result of {run.label} that was made with other settings: its overrides were "
-                f"{_shown(line['overrides'])}, now they are {_shown(run.overrides)}, or the recipe has changed. Give "
-                "the arm or the study another name, or remove the lines of this arm, and its runs in "
+                f"{self.path} holds a result of {run.label} that was made with other settings: {changed}. Give the "
+                "arm or the study another name, or remove the lines of this arm, and its runs in "
                 f"{run.folder.parent}"
             )
         return line
@@ -133,7 +136,3 @@ class Results:
             return
         _RunForm.model_validate(line)
         self._runs[line["arm"], line["seed"], line["tried"]] = line
-
-
-def _shown(overrides: Iterable[str]) -> str:
-    return " ".join(overrides) or "(none)"

@@ -147,5 +147,5 @@ def test_the_recipe_belongs_to_the_definition(tmp_path, monkeypatch):
     assert study(path)[0] == 0 and len(lines_of(path)) == 2
     recipe.write_text(recipe.read_text().replace("0.002", "0.003"))
     resolve.cache_clear()
-    with pytest.raises(ValueError, match=r"or the recipe has changed\. Give the arm or the study another name"):
+    with pytest.raises(ValueError, match=r"are the same, so the recipe has changed \(.*recipe\.yaml\)\. Give"):
         study(path)
