@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from metatt_scale.recipe import Recipe, load_recipe
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
-_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Whole = Annotated[int, Field(ge=0, lt=10**9)]  # no run has more steps, and axes cannot hold many more
 _Sizes = Annotated[list[Annotated[int, Field(ge=1, lt=2**53)]], Field(min_length=1)]
 _Numbers = Annotated[list[float | None], Field(min_length=1)]
 
@@ -38,6 +38,12 @@ class _LineForm(_Form):
     sweep: _SweepForm | None = None
     gradient_norms: dict[str, _Numbers] | None = None
     spectra: Annotated[list[_Numbers], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> _LineForm:
+        if self.epoch > self.step:
+            raise ValueError("every epoch has a step")
+        return self
 
     def bonds(self) -> set[int]:
         """Return how many bonds the line speaks of: one number, if it is right."""

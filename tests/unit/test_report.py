@@ -279,6 +279,10 @@ def test_lines_that_are_none_are_passed_over(tmp_path):
         {"step": "24"},
         {"step": True},
         {"epoch": None},
+        {"step": 9 * 10**14},
+        {"epoch": 9 * 10**11},
+        {"step": 9 * 10**14, "epoch": 9 * 10**11},
+        {"epoch": 25},
     ],
     ids=str,
 )
