@@ -1,5 +1,6 @@
 """Study files: what they define, and one clear message for each that cannot be used."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,14 @@ def test_a_file_that_is_no_study(tmp_path, text, says):
         open_study(path)
     with pytest.raises(RecipeError, match=r"no such study.*The folder holds: s\.yaml"):
         open_study(tmp_path / "t.yaml")
+
+
+def test_the_readme_has_a_study_and_the_names_of_all(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "readme.yaml"
+    path.write_text(re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0].replace("..", str(ROOT)))
+    assert list(open_study(path).arms) == ["rank4", "rank8"]
+    assert not [study.name for study in SHIPPED if f"`{study.stem}`" not in text]
 
 
 def test_a_grid_is_run_by_every_arm(tmp_path, monkeypatch):
