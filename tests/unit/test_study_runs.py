@@ -132,6 +132,7 @@ def test_a_damaged_file_of_a_trained_run_is_told(tmp_path, monkeypatch, capsys, 
     path, folder = write_study(tmp_path, monkeypatch, seeds=[1], arms={"a": []}), "runs/studies/toy/a/seed-1"
     assert study(path)[0] == 0
     (tmp_path / "studies" / "results" / "toy.jsonl").unlink()
+    (tmp_path / folder / "log.txt").unlink()
     metrics = tmp_path / folder / "metrics.jsonl"
     metrics.unlink() if content is None else metrics.write_bytes(content)
     assert study(path, command.commands_of)[0] == 1 and not lines_of(path)
