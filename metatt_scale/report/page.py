@@ -12,8 +12,8 @@ import numpy as np
 from metatt_scale import __version__
 from metatt_scale.report import MARK
 from metatt_scale.report.groups import Group, mean_and_error, span
-from metatt_scale.report.runs import Run, ranks_of
-from metatt_scale.report.scores import is_loss, label, score_keys
+from metatt_scale.report.runs import Run, of_last_ranks, ranks_of, values_of
+from metatt_scale.report.scores import PREFIX, is_loss, label, score_keys
 
 _NOTHING = "–"
 _STYLE = """
@@ -64,8 +64,8 @@ def page(groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
 <body>
 <h1>{count(sum(len(group.runs) for group in groups), "run")} in {count(len(groups), "group")}</h1>
 <p>Runs that differ only in their seed form a group. Numbers are means over its runs ± the standard error of the mean;
-“last” is the last evaluation that a run has reached, “best” the best of each run. Tokens per second are the median of
-a run, memory is its peak.</p>
+“last” is the last evaluation that a run has reached, “best” the best of each run among those with the ranks of its
+last one. Tokens per second are the median of a run, memory is its peak.</p>
 {_table(*_summary(groups))}
 {"".join(map(_figure, pictures))}
 <h2>Runs</h2>
@@ -97,14 +97,20 @@ def _summary(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         row = [group.name, _finished(group.runs), _parameters(group.runs), group.final_ranks()]
         for key in keys:
             values = [found for run in group.runs if (found := run.values(key))]
-            best = min if is_loss(key) else max
-            row += [_mean([found[-1] for found in values], ".4f"), _mean([best(found) for found in values], ".4f")]
+            best = [found for run in group.runs if (found := _best(run, key)) is not None]
+            row += [_mean([found[-1] for found in values], ".4f"), _mean(best, ".4f")]
         row.append(
             _mean([float(np.median(found)) for run in group.runs if (found := run.values("tokens_per_second"))])
         )
         row.append(_mean([max(found) for run in group.runs if (found := run.values("memory_gib"))], ".2f"))
         rows.append(row)
     return head, rows
+
+
+def _best(run: Run, key: str) -> float | None:
+    """Return the best number of a run's evaluations, by the rule of a study."""
+    evaluations = [line for line in run.lines if any(name.startswith(PREFIX) for name in line)]
+    return (min if is_loss(key) else max)(values_of(of_last_ranks(evaluations), key), default=None)
 
 
 def _runs(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

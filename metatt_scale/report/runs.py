@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from metatt_scale.recipe import Recipe, load_recipe
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
-_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Whole = Annotated[int, Field(ge=0, lt=10**9)]  # no run has more steps, and axes cannot hold many more
 _Sizes = Annotated[list[Annotated[int, Field(ge=1, lt=2**53)]], Field(min_length=1)]
 _Numbers = Annotated[list[float | None], Field(min_length=1)]
 
@@ -38,6 +38,12 @@ class _LineForm(_Form):
     sweep: _SweepForm | None = None
     gradient_norms: dict[str, _Numbers] | None = None
     spectra: Annotated[list[_Numbers], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> _LineForm:
+        if self.epoch > self.step:
+            raise ValueError("every epoch has a step")
+        return self
 
     def bonds(self) -> set[int]:
         """Return how many bonds the line speaks of: one number, if it is right."""
@@ -91,7 +97,12 @@ class Run:
 
     def values(self, key: str) -> list[float]:
         """Return the finite numbers that lines have under a key."""
-        return [value for value in (number(line, key) for line in self.lines) if math.isfinite(value)]
+        return values_of(self.lines, key)
+
+
+def values_of(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return the finite numbers that lines have under a key."""
+    return [value for value in (number(line, key) for line in lines) if math.isfinite(value)]
 
 
 def number(line: Mapping[str, Any], key: str) -> float:
@@ -103,6 +114,14 @@ def number(line: Mapping[str, Any], key: str) -> float:
 def ranks_of(line: Mapping[str, Any]) -> list[int] | None:
     """Return the ranks after a line's step and its sweep, if it had one."""
     return (line.get("sweep") or {}).get("ranks_after") or line.get("ranks")
+
+
+def of_last_ranks(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines with the ranks of the last one, among which a run has its best score.
+
+    A sweep changes the ranks, and a score of larger ones is no result of the small ones that a run ends with.
+    """
+    return [line for line in evaluations if ranks_of(line) == ranks_of(evaluations[-1])]
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -12,6 +12,7 @@ from metatt_scale.study.results import Line
 from metatt_scale.study.statistics import Mean, difference
 
 _MARKS = ("**", "_")
+_DIGITS = 12  # means that differ by less are equal: sums of the same numbers in another order are rounded otherwise
 
 
 def provenance(lines: Iterable[Line]) -> str:
@@ -51,19 +52,21 @@ def number(value: float) -> str:
 
 
 def marks_of(means: Mapping[str, float], more_is_better: bool) -> dict[str, str]:
-    """Return how the two best of some means are marked."""
-    finite = [arm for arm, mean in means.items() if math.isfinite(mean)]
-    ranked = sorted(finite, key=lambda arm: means[arm], reverse=more_is_better)
-    return dict(zip(ranked, _MARKS, strict=False))
+    """Return how the two best of some means are marked: equal ones alike."""
+    rounded = {arm: round(mean, _DIGITS) for arm, mean in means.items() if math.isfinite(mean)}
+    marks = dict(zip(sorted(set(rounded.values()), reverse=more_is_better), _MARKS, strict=False))
+    return {arm: marks[mean] for arm, mean in rounded.items() if mean in marks}
 
 
 def comparison(what: str, first: Sequence[float], second: Sequence[float]) -> str:
-    """Return a line on first - second over common seeds: the mean difference, its interval, and the t-test."""
+    """Return a line on first - second over common seeds: the mean difference, its interval and the t-test if any."""
     gain = difference(first, second)
     mean = gain.over_seeds
+    gained = number(mean.mean) if math.isnan(mean.mean) else f"{mean.mean:+.4f}"
+    interval = "" if math.isnan(mean.half_width) else f"{width(mean, ' ± ')} at 95 %"
     p = "" if math.isnan(gain.p) else f", p = {gain.p:.3g} (paired t-test)"
     seeds = f"{mean.n} common seed{'s' if mean.n > 1 else ''}"
-    return f"- {what}: {mean.mean:+.4f}{width(mean, ' ± ')} at 95 % over {seeds}{p}"
+    return f"- {what}: {gained}{interval} over {seeds}{p}"
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:

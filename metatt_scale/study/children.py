@@ -70,7 +70,8 @@ class Child:
         self.run = run
         self.log = run.folder / "log.txt"
         run.folder.mkdir(parents=True, exist_ok=True)
-        self._begins = self.log.stat().st_size if self.log.exists() else 0
+        self.log.touch()
+        self._begins = self.log.stat().st_size
         self._before, self._started = seconds_spent(run), time.monotonic()
         self._left = list(commands)
         self._stopped = False

@@ -21,7 +21,8 @@ _LEGEND = (
 )
 _TITLES = {
     "last": "last evaluation",
-    "best": "best evaluation of each run: chosen on the very records it is reported on, so too good by nature",
+    "best": "best evaluation of each run among those with the ranks of its last one: chosen on the very records it "
+    "is reported on, so too good by nature",
 }
 
 

@@ -8,8 +8,9 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -225,13 +226,26 @@ class _Invocation:
 
 @contextmanager
 def _only_study(opened: OpenStudy) -> Iterator[None]:
-    """Hold the folder of the runs, so that a study is never worked on twice at once."""
-    opened.runs.mkdir(parents=True, exist_ok=True)
+    """Hold the results and the folder of the runs, so that neither is ever worked on twice at once.
+
+    One of them is not enough: from two working folders a study has two folders of runs and one file of results, and
+    two studies of one name may share a folder of runs.
+    """
+    with ExitStack() as held:
+        _hold(opened.results, opened.results.with_name(f".{opened.results.stem}.lock"), held)
+        _hold(opened.runs, opened.runs / ".lock", held)
+        yield
+
+
+def _hold(what: Path, lock: Path, held: ExitStack) -> None:
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(opened.runs / ".lock", timeout=0):
-            yield
+        held.enter_context(FileLock(lock, timeout=0))
     except Timeout:
-        raise ValueError(f"{opened.runs}: this study is running already; wait for it, or stop it") from None
+        raise ValueError(
+            f"{what}: this study is running already, perhaps from another working folder (that process holds {lock}, "
+            f"and `fuser {lock}` tells its number); wait for it, or stop it"
+        ) from None
 
 
 def _warn(opened: OpenStudy, results: Results, console: Console) -> None:

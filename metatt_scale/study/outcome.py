@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from pydantic import Field
+
 from metatt_scale.recipe import validate
+from metatt_scale.report.runs import of_last_ranks, ranks_of
+from metatt_scale.study.forms import Form, Number, parse_object, problem_of
 from metatt_scale.study.runs import OpenStudy, Run, digest_of
 from metatt_scale.study.schema import HEADLINE, Score
+
+_ADAPTER, _METRICS, _SCORES = "adapter/metatt.json", "metrics.jsonl", "results.json"
+
+
+class _AdapterForm(Form):
+    recipe: dict[str, Any]
+    trainable_parameters: int
+    ranks: list[int] | None = None
+
+
+class _EvaluationForm(Form):
+    ranks: list[int] | None = None
+    __pydantic_extra__: dict[str, Number | None] = Field(init=False)  # type: ignore[assignment]
+
+
+class _TaskForm(Form):
+    metric: str
+
+
+class _FineTunedForm(Form):
+    fine_tuned: dict[str, _TaskForm]
+
+
+class _ScoresForm(Form):
+    scores: _FineTunedForm
 
 
 def is_trained(run: Run) -> bool:
     """Return whether a run has its adapter, made by this very definition and seed."""
     try:
         recipe = validate(_description(run)["recipe"], str(run.folder))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return False  # training itself refuses what it cannot go on with
     return digest_of(recipe) == run.digest and recipe.seed == run.seed
 
@@ -25,22 +53,23 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
     """Return the line of a run that has ended well.
 
     Raises:
-        OSError: a file of the run is missing.
-        ValueError: the files do not hold what the study reports, or were made by another definition.
+        OSError: a file of the run cannot be read.
+        ValueError: one is missing or damaged, or they do not hold what the study reports, or were made by another
+            definition.
     """
     description = _description(run)
     if not is_trained(run):
         raise ValueError(f"{run.folder} was trained with other settings: the recipe changed while the study ran")
-    metrics, score = run.folder / "metrics.jsonl", opened.study.score
-    evaluations = _evaluations(metrics, score)
-    scores = {**_numbers(evaluations, score), **_task_scores(run.folder / "results.json", opened.tasks(run))}
+    score = opened.study.score
+    evaluations = _evaluations(run, score)
+    scores = {**_numbers(evaluations, score), **_task_scores(run, opened.tasks(run))}
     names, headline = opened.numbers(run), opened.headline(run.arm)
     if HEADLINE in names and headline in scores:
         scores[HEADLINE] = scores[headline]
     if missing := [_shown(name, headline) for name in names if name not in scores]:
         raise ValueError(
-            f"{metrics} has no {', '.join(missing)}; it has {', '.join(scores) or 'no evaluations'}. Name one of "
-            "these in the study file, or give the recipe validation records"
+            f"{run.folder / _METRICS} has no {', '.join(missing)}; it has {', '.join(scores) or 'no evaluations'}. "
+            "Name one of these in the study file, or give the recipe validation records"
         )
     return {
         "arm": run.arm,
@@ -51,7 +80,7 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
         "scores": scores,
         "seconds": round(seconds, 1),
         "trainable_parameters": description["trainable_parameters"],
-        "ranks": (_ranks(evaluations[-1]) if evaluations else None) or description.get("ranks", []),  # of a chain
+        "ranks": (ranks_of(evaluations[-1]) if evaluations else None) or description.get("ranks") or [],  # of a chain
         **machine,
     }
 
@@ -60,26 +89,46 @@ def _shown(name: str, headline: str) -> str:
     return f"{name} ({headline})" if name == HEADLINE else name
 
 
+@contextmanager
+def _telling(run: Run, file: str, line: int | None = None) -> Iterator[None]:
+    """Say of a file of a run that is missing or damaged which it is, and how the run is done again."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        where = f"{run.folder / file}{'' if line is None else f', line {line}'}"
+        problem = "it is missing" if isinstance(error, FileNotFoundError) else problem_of(error)
+        raise ValueError(f"{where}: {problem}; remove {run.folder}, and the run is done again") from None
+
+
 def _description(run: Run) -> dict[str, Any]:
-    return json.loads((run.folder / "adapter" / "metatt.json").read_text(encoding="utf-8"))
+    with _telling(run, _ADAPTER):
+        description = parse_object((run.folder / _ADAPTER).read_bytes())
+        _AdapterForm.model_validate(description)
+    return description
 
 
-def _evaluations(metrics: Path, score: Score) -> list[dict[str, Any]]:
-    """Return the lines that hold a number of an evaluation, or one that the study reports."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if any(_is_number(key, score) for key in line)]
+def _evaluations(run: Run, score: Score) -> list[dict[str, Any]]:
+    """Return the lines that hold a number of an evaluation, or one that the study reports: these, and the ranks."""
+    with _telling(run, _METRICS):
+        lines = (run.folder / _METRICS).read_bytes().split(b"\n")
+    evaluations: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        with _telling(run, _METRICS, number):
+            told = parse_object(line)
+            found = {key: value for key, value in told.items() if _is_number(key, score)}
+            if found:
+                evaluations.append(_EvaluationForm(ranks=told.get("ranks"), **found).model_dump())
+    return evaluations
 
 
 def _numbers(evaluations: list[dict[str, Any]], score: Score) -> dict[str, Any]:
-    """Return every number of the evaluations: the last, the best, and one by one.
-
-    A sweep changes the ranks: the best is of those of the last evaluation, beside whose ranks it stands.
-    """
+    """Return every number of the evaluations: the last, the best of those with its ranks, and one by one."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(key for line in evaluations for key in line if _is_number(key, score)):
         values = [line[name] for line in evaluations if name in line]
-        comparable = [line[name] for line in evaluations if name in line and _ranks(line) == _ranks(evaluations[-1])]
-        finite = [value for value in comparable if value is not None]
+        finite = [value for line in of_last_ranks(evaluations) if (value := line.get(name)) is not None]
         best = (max if score.prefers_more(name) else min)(finite) if finite else None
         found[name] = {"last": values[-1], "best": best, "per_epoch": values}
     return found
@@ -89,14 +138,12 @@ def _is_number(key: str, score: Score) -> bool:
     return key.startswith("eval_") or key in score.metrics
 
 
-def _ranks(line: dict[str, Any]) -> list[int] | None:
-    """Return the ranks that a line's evaluation had: where its step ends with a sweep, those after it."""
-    return line.get("ranks")
-
-
-def _task_scores(results: Path, tasks: Sequence[str]) -> dict[str, Any]:
+def _task_scores(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     """Return the scores that `evaluate` has left, each by the metric that its task is usually reported by."""
     if not tasks:
         return {}
-    scores = json.loads(results.read_text(encoding="utf-8"))["scores"]["fine_tuned"]
+    with _telling(run, _SCORES):
+        results = parse_object((run.folder / _SCORES).read_bytes())
+        _ScoresForm.model_validate(results)
+    scores = results["scores"]["fine_tuned"]
     return {task: {"last": scores[task][scores[task]["metric"]], "best": None, "per_epoch": []} for task in tasks}

@@ -6,49 +6,40 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from metatt_scale.files import fsync_folder, naming, write_text
-from metatt_scale.recipe.explain import show
+from metatt_scale.study.forms import Form, Number, parse_object, problem_of
 from metatt_scale.study.runs import Run
 
 Line = dict[str, Any]
 Key = tuple[str, int, str | None]
-_Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Form(BaseModel):
-    """What a line must hold, so that nothing that reads it later meets something else; more may stand beside it."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class _ScoreForm(_Form):
-    last: _Number | None
-    best: _Number | None
-    per_epoch: list[_Number | None]
+class _ScoreForm(Form):
+    last: Number | None
+    best: Number | None
+    per_epoch: list[Number | None]
 
 
-class _RunForm(_Form):
+class _RunForm(Form):
     arm: str
     seed: int
     tried: str | None
     digest: str
     overrides: list[str]
     scores: dict[str, _ScoreForm]
-    seconds: _Number
+    seconds: Number
     trainable_parameters: int
     ranks: list[int]
     git_commit: str | None = None
 
 
-class _ChoiceForm(_Form):
+class _ChoiceForm(Form):
     arm: str
     chosen: str
     by: str
-    means: dict[str, _Number | None]
+    means: dict[str, Number | None]
 
 
 class Results:
@@ -65,24 +56,23 @@ class Results:
         """What stands after the last whole line: a crash cut it short."""
         self._runs: dict[Key, Line] = {}
         self._choices: dict[str, Line] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = text.splitlines()
+        *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
+        self._must_repair = bool(last)
         self._whole: list[str] = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate([*lines, last], start=1):
             if not line.strip():
                 continue
             try:
-                self._take(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                if number == len(lines) and not text.endswith("\n"):
-                    self.cut_short = line
+                self._take(parse_object(line))
+            except ValueError as error:
+                if number > len(lines):
+                    self.cut_short = line.decode("utf-8", errors="replace")
                     break
                 raise ValueError(
-                    f"{path}, line {number}: not a line of results ({_problem(error)}); mend it, or take the file "
+                    f"{path}, line {number}: not a line of results ({problem_of(error)}); mend it, or take the file "
                     "from git"
                 ) from None
-            self._whole.append(line)
-        self._must_repair = bool(text) and not text.endswith("\n")
+            self._whole.append(line.decode("utf-8"))
 
     def of(self, run: Run) -> Line | None:
         """Return the line of a finished run.
@@ -92,10 +82,13 @@ class Results:
         """
         line = self._runs.get(run.key)
         if line is not None and line["digest"] != run.digest:
+            changed = f"the overrides are the same, so the recipe has changed ({run.recipe})"
+            if line["overrides"] != list(run.overrides):
+                before, now = (" ".join(overrides) or "(none)" for overrides in (line["overrides"], run.overrides))
+                changed = f"its overrides were {before}, now they are {now}, or the recipe has changed"
             raise ValueError(
-                f"{self.path} holds a result of {run.label} that was made with other settings: its overrides were "
-                f"{_shown(line['overrides'])}, now they are {_shown(run.overrides)}, or the recipe has changed. Give "
-                "the arm or the study another name, or remove the lines of this arm, and its runs in "
+                f"{self.path} holds a result of {run.label} that was made with other settings: {changed}. Give the "
+                "arm or the study another name, or remove the lines of this arm, and its runs in "
                 f"{run.folder.parent}"
             )
         return line
@@ -119,7 +112,12 @@ class Results:
         return [line["seconds"] for line in self._runs.values()]
 
     def append(self, line: Line) -> None:
-        """Add a line and make it durable."""
+        """Add a line and make it durable.
+
+        Raises:
+            ValueError: it is none that could be read again; nothing was written.
+        """
+        self._take(line)
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         if self._must_repair:
             write_text(self.path, "".join(f"{whole}\n" for whole in self._whole))
@@ -130,29 +128,11 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         fsync_folder(self.path.parent)
-        self._take(line)
 
     def _take(self, line: Line) -> None:
-        if not isinstance(line, dict):
-            raise ValueError(f"it is {show(line)}; it must be a JSON object")
         if "chosen" in line:
             _ChoiceForm.model_validate(line)
             self._choices[line["arm"]] = line
             return
         _RunForm.model_validate(line)
         self._runs[line["arm"], line["seed"], line["tried"]] = line
-
-
-def _problem(error: Exception) -> str:
-    """Return the first thing that is wrong with a line: the key, what it is, and what it must be."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"`{key}` is missing"
-    return f"`{key}` is {show(first['input'])}; {first['msg'].replace('Input should', 'it must')}"
-
-
-def _shown(overrides: Iterable[str]) -> str:
-    return " ".join(overrides) or "(none)"

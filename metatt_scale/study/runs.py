@@ -224,15 +224,24 @@ def _check_pairs(opened: OpenStudy, path: Path) -> None:
 
 
 def _check_definitions(opened: OpenStudy, path: Path) -> None:
-    """Resolve every recipe once; refuse arms that are one, and trials on records that are reported."""
-    seen: dict[str, str] = {}
+    """Resolve every recipe once; refuse arms or values that are one, and trials on records that are reported."""
+    seen: dict[str, tuple[str, int]] = {}
     for arm in opened.arms:
-        for tried in opened.candidates or (None,):
-            reported = opened.reported(arm, tried, opened.study.seeds[0])
-            if (other := seen.setdefault(reported.digest, arm)) != arm:
+        for place, tried in enumerate(opened.candidates or (None,)):
+            try:
+                reported = opened.reported(arm, tried, opened.study.seeds[0])
+                trial = None if tried is None else opened.trial(arm, tried, opened.study.seeds[0])
+            except RecipeError as error:
+                raise RecipeError(f"{path}, arm {arm}: {error}") from None
+            other, before = seen.setdefault(reported.digest, (arm, place))
+            if other != arm:
                 raise RecipeError(f"{path}: arms {other} and {arm} define the same runs; remove one of them")
-            if tried is not None:
-                trial = opened.trial(arm, tried, opened.study.seeds[0])
+            if before != place:
+                raise RecipeError(
+                    f"{path}: `choose.values` gives {opened.candidates[before]} and {tried}, which define the same "
+                    "runs; remove one of them"
+                )
+            if trial is not None:
                 _check_apart(opened, resolve(trial.recipe, trial.overrides), reported, path)
 
 

@@ -65,7 +65,11 @@ class Score(_Section):
 
 
 class Study(_Section):
-    """Arms x seeds over one recipe, or over several, which are the columns of the table."""
+    """Arms x seeds over one recipe, or over several, which are the columns of the table.
+
+    Recipes and results are looked for from the study file; runs, and the data and backbones that recipes name, from
+    the working folder, as by `train`.
+    """
 
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][\w.-]*)?$")
     """Name of the results; that of the study file when absent."""
@@ -92,7 +96,7 @@ class Study(_Section):
     jobs: int = Field(default=1, ge=1, le=64)
     """Runs at a time; they share the machine's memory."""
     runs_dir: str = ""
-    """Folder of the run directories; runs/studies/NAME when absent."""
+    """Folder of the run directories, relative to the working folder; runs/studies/NAME when absent."""
 
     @model_validator(mode="after")
     def _check(self) -> Study:

@@ -12,6 +12,7 @@ import pytest
 
 from metatt_scale.cli import main
 from metatt_scale.report.groups import Group, make_groups, mean_and_error, span
+from metatt_scale.report.page import _summary
 from metatt_scale.report.runs import read_runs
 from metatt_scale.report.scores import is_loss
 from metatt_scale.study.schema import Score
@@ -169,6 +170,18 @@ def test_the_table_has_means_and_standard_errors(written):
     assert fixed["tokens/s"] == "200 ± 58" and fixed["memory (GiB)"] == "2.00 ± 0.00"
 
 
+def test_the_best_is_one_with_the_ranks_of_the_last_evaluation(tmp_path):
+    """As of a study, also where the last line is no evaluation and tells of a later sweep."""
+    lines = [line | ({"eval_accuracy": 0.99} if line["step"] == 8 else {}) for line in lines_of("swept", 1)]
+    sweep = {"ranks_before": [2] * 3, "ranks_after": [1] * 3}
+    later = {"step": 26, "epoch": 6, "loss": 0.1, "ranks": [1] * 3, "sweep": sweep}
+    for name, more in (("a", []), ("b", [later])):
+        run = make_run(tmp_path / name, "swept", lines=[*lines, *more])
+        head, (row,) = _summary(groups_of(run))
+        cells = dict(zip(head, row, strict=True))
+        assert cells["final ranks"] == ("1" if more else "2") and cells["accuracy, best"] == "0.7000"
+
+
 def test_ranks_change_where_sweeps_were(tmp_path):
     run, fixed = make_run(tmp_path / "a", "swept"), make_run(tmp_path / "b")
     swept, constant = groups_of(run, fixed)
@@ -266,6 +279,10 @@ def test_lines_that_are_none_are_passed_over(tmp_path):
         {"step": "24"},
         {"step": True},
         {"epoch": None},
+        {"step": 9 * 10**14},
+        {"epoch": 9 * 10**11},
+        {"step": 9 * 10**14, "epoch": 9 * 10**11},
+        {"epoch": 25},
     ],
     ids=str,
 )

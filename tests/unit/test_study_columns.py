@@ -48,7 +48,7 @@ def test_arms_are_rows_and_recipes_are_columns(tmp_path, monkeypatch):
         ["rank2", "2", "_0.0220 ± 0.0006_", "_0.0210 ± 0.0006_", "_0.0215 ± 0.0006_"],
         ["rank4", "4", "**0.0420 ± 0.0006**", "**0.0410 ± 0.0006**", "**0.0415 ± 0.0006**"],
     ]
-    best = table_of(text, "headline, best evaluation of each run: chosen on the very records it is reported on")
+    best = table_of(text, "headline, best evaluation of each run among those with the ranks of its last one: chosen")
     assert best[3][2:] == ["**0.0920 ± 0.0006**", "**0.0910 ± 0.0006**", "**0.0915 ± 0.0006**"]
     for column in ("headline of plain", "headline of slow", "headline, mean over columns"):
         assert f"- rank4 - rank2, {column}: +0.0200 ± 0.0000 at 95 % over 3 common seeds" in text

@@ -1,5 +1,6 @@
 """Study files: what they define, and one clear message for each that cannot be used."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,29 @@ BAD = {
         "arms a and b define the same runs; remove one of them",
     ),
     "value twice in a grid": ({"grid": {"adapter.rank": [4, 4]}}, "two arms are named", "every value of `grid` once"),
+    "value to choose twice": (
+        {"choose": {**CHOOSE, "values": [1e-3, 0.001, 2e-3]}},
+        "`choose.values` gives training.learning_rate=0.001 and training.learning_rate=0.001, which define the same",
+    ),
+    "value to choose in two spellings": (
+        {"choose": {**CHOOSE, "values": [1, 1.0]}},
+        "`choose.values` gives training.learning_rate=1 and training.learning_rate=1.0, which define the same runs",
+    ),
     "unknown arm": ({"compare": [["rank2", "rank8"]]}, "`compare` names rank8; the arms are rank2, rank4"),
     "arm with itself": ({"compare": [["rank2", "rank2"]]}, "pairs rank2 with itself"),
     "no pair": ({"compare": [["rank2"]]}, "`compare.0` has too few entries"),
     "unknown recipe": ({"recipe": "other.yaml"}, "other.yaml: no such recipe"),
-    "unknown recipe key": ({"base": ["adapter.rnk=4"]}, "unknown key `adapter.rnk`", "did you mean `adapter.rank`?"),
+    "unknown recipe key": (
+        {"arms": {"a": [], "b": ["adapter.rnk=4"]}},
+        "studies/toy.yaml, arm b: ",
+        "recipe.yaml with 'adapter.rnk=4': unknown key `adapter.rnk`",
+        "did you mean `adapter.rank`?",
+    ),
+    "unknown key in a trial": (
+        {"choose": {**CHOOSE, "overrides": ["data.validaton_size=40"]}},
+        "studies/toy.yaml, arm rank2: ",
+        "did you mean `data.validation_size`?",
+    ),
     "no override": ({"base": ["adapter"]}, "override 'adapter': expected dotted.key=value"),
     "seed as an override": ({"base": ["seed=4"]}, "override 'seed=4': the study sets `seed` of every run"),
     "folder as an override": ({"base": ["output_dir=x"]}, "the study sets `output_dir` of every run; set `runs_dir`"),
@@ -83,6 +102,14 @@ def test_a_file_that_is_no_study(tmp_path, text, says):
         open_study(path)
     with pytest.raises(RecipeError, match=r"no such study.*The folder holds: s\.yaml"):
         open_study(tmp_path / "t.yaml")
+
+
+def test_the_readme_has_a_study_and_the_names_of_all(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "readme.yaml"
+    path.write_text(re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0].replace("..", str(ROOT)))
+    assert list(open_study(path).arms) == ["rank4", "rank8"]
+    assert not [study.name for study in SHIPPED if f"`{study.stem}`" not in text]
 
 
 def test_a_grid_is_run_by_every_arm(tmp_path, monkeypatch):

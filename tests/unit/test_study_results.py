@@ -47,6 +47,33 @@ def test_a_last_line_cut_short_is_dropped_and_the_rest_kept(opened, end):
     assert [json.loads(text)["seed"] for text in opened.results.read_text().splitlines()] == [1, 2]
 
 
+def test_a_line_cut_within_a_character_is_dropped(opened):
+    run = opened.reported("rank2", None, 1)
+    opened.results.parent.mkdir()
+    opened.results.write_bytes('{"arm": "\u00e4'.encode()[:-1])
+    results = Results(opened.results)
+    assert results.cut_short == '{"arm": "\ufffd'
+    results.append(line(run))
+    assert Results(opened.results).of(run) == line(run)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\n"])
+def test_what_only_looks_like_the_end_of_a_line_is_none(opened, separator):
+    """Python ends lines at more characters than JSON escapes."""
+    runs = [opened.reported("rank2", None, seed) for seed in (1, 2)]
+    results, text = Results(opened.results), f"data.prompt=a{separator}b"
+    results.append(line(runs[0], overrides=[text]))
+    again = Results(opened.results).of(runs[0])
+    assert again is not None and again["overrides"] == [text]
+
+
+def test_a_line_that_could_not_be_read_again_is_not_written(opened):
+    results, run = Results(opened.results), opened.reported("rank2", None, 1)
+    with pytest.raises(ValueError, match="seconds"):
+        results.append(line(run, seconds=None))
+    assert not opened.results.exists()
+
+
 def test_a_whole_last_line_without_its_end_is_kept(opened):
     runs = [opened.reported("rank2", None, seed) for seed in (1, 2)]
     opened.results.parent.mkdir()
@@ -56,10 +83,14 @@ def test_a_whole_last_line_without_its_end_is_kept(opened):
     assert results.cut_short is None and len(opened.results.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("bad", ["{", "[1]", '{"arm": "a"}', '{"arm": "a", "digest": 3}'])
+DEEP = pytest.param(b"[" * 100_000, id="deep")
+
+
+@pytest.mark.parametrize("bad", [b"{", b"[1]", b'{"arm": "a"}', b'{"arm": "a", "digest": 3}', b"\xff", DEEP])
 def test_a_broken_line_inside_is_told_with_its_number(opened, bad):
     opened.results.parent.mkdir()
-    opened.results.write_text(f"{json.dumps(line(opened.reported('rank2', None, 1)))}\n{bad}\n")
+    good = json.dumps(line(opened.reported("rank2", None, 1))).encode()
+    opened.results.write_bytes(good + b"\n" + bad + b"\n")
     with pytest.raises(ValueError, match=r"toy\.jsonl, line 2: not a line of results .*; mend it, or take the file"):
         Results(opened.results)
 
@@ -116,5 +147,5 @@ def test_the_recipe_belongs_to_the_definition(tmp_path, monkeypatch):
     assert study(path)[0] == 0 and len(lines_of(path)) == 2
     recipe.write_text(recipe.read_text().replace("0.002", "0.003"))
     resolve.cache_clear()
-    with pytest.raises(ValueError, match=r"or the recipe has changed\. Give the arm or the study another name"):
+    with pytest.raises(ValueError, match=r"are the same, so the recipe has changed \(.*recipe\.yaml\)\. Give"):
         study(path)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,51 @@ def test_a_trained_run_without_its_line_is_recorded_without_training(tmp_path, m
     assert code == 0 and [{**line, "seconds": 0} for line in lines_of(path)] == [
         {**line, "seconds": 0} for line in before
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, ": it is missing"),
+        (b'{"step": 1}\n7\n', ", line 2: it is 7; it must be a JSON object"),
+        (
+            b'{"step": 1}\n{"step": 2, "eval_lo',
+            ", line 2: it is no whole JSON: Unterminated string starting at, character 13",
+        ),
+        (b'{"eval_accuracy": "high"}', ', line 1: `eval_accuracy` is "high"; it must be a valid number'),
+        (b'{"eval_accuracy": NaN}', ", line 1: `eval_accuracy` is NaN; it must be a finite number"),
+        (b'{"eval_accuracy": 1.0, "ranks": 4}', ", line 1: `ranks` is 4; it must be a valid list"),
+        (b"\xff\n", ", line 1: it is not UTF-8 text (byte 0)"),
+    ],
+    ids=str,
+)
+def test_a_damaged_file_of_a_trained_run_is_told(tmp_path, monkeypatch, capsys, content, said):
+    path, folder = write_study(tmp_path, monkeypatch, seeds=[1], arms={"a": []}), "runs/studies/toy/a/seed-1"
+    assert study(path)[0] == 0
+    (tmp_path / "studies" / "results" / "toy.jsonl").unlink()
+    (tmp_path / folder / "log.txt").unlink()
+    metrics = tmp_path / folder / "metrics.jsonl"
+    metrics.unlink() if content is None else metrics.write_bytes(content)
+    assert study(path, command.commands_of)[0] == 1 and not lines_of(path)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: a, seed 1 has no result: {folder}/metrics.jsonl{said}")
+    assert f"; remove {folder}, and the run is done again; the end of" in error
+    shutil.rmtree(tmp_path / folder)
+    assert study(path)[0] == 0 and len(lines_of(path)) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{}", "\0", '{"recipe": []}', pytest.param("[" * 100_000, id="deep")])
+def test_a_run_with_a_damaged_description_is_trained_on(tmp_path, monkeypatch, content):
+    """Training goes on from its last checkpoint, and writes the adapter again."""
+    path = write_study(tmp_path, monkeypatch, seeds=[1], arms={"a": []})
+    assert study(path)[0] == 0
+    opened = open_study(path)
+    run = opened.reported("a", None, 1)
+    assert not command.commands_of(opened, run)
+    (run.folder / "adapter" / "metatt.json").write_text(content)
+    assert [made[3] for made in command.commands_of(opened, run)] == ["train"]
+    with pytest.raises(ValueError, match=r"adapter/metatt\.json: .*; remove runs/studies/toy/a/seed-1, and the run"):
+        collect(opened, run, 1.0, MACHINE)
 
 
 def test_an_arm_chooses_before_it_is_reported(tmp_path, monkeypatch):
@@ -224,11 +270,27 @@ def test_two_invocations_do_not_meet(tmp_path, monkeypatch):
     from filelock import FileLock
 
     path = write_study(tmp_path, monkeypatch)
-    folder = tmp_path / "runs" / "studies" / "toy"
-    folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="this study is running already"):
-        study(path)
     assert study(path, table_only=True)[0] == 0
+    for lock in ("runs/studies/toy/.lock", "studies/results/.toy.lock"):
+        (tmp_path / lock).parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(tmp_path / lock):
+            with pytest.raises(ValueError, match=f"is running already, .* holds .*{lock}.*; wait for it, or stop it"):
+                study(path)
+            assert study(path, table_only=True)[0] == 0 and not lines_of(path)
+
+
+def test_one_study_is_not_run_from_two_working_folders_at_once(tmp_path, monkeypatch):
+    path = write_study(tmp_path, monkeypatch, seeds=[1], arms={"a": []})
+    (tmp_path / "elsewhere").mkdir()
+
+    def from_elsewhere(opened, run):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=r"toy\.jsonl: this study is running already, perhaps from another"):
+            study(path)
+        monkeypatch.chdir(tmp_path)
+        return fake_commands(opened, run)
+
+    assert study(path, from_elsewhere)[0] == 0 and len(lines_of(path)) == 1
 
 
 def test_the_table_alone(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from metatt_scale.study.cells import comparison, marks_of
 from metatt_scale.study.statistics import difference, mean_of
 
 
@@ -37,3 +38,22 @@ def test_a_paired_test_over_three_seeds():
 def test_there_is_no_p_value_without_a_spread(values):
     """Also where the gains differ by rounding only."""
     assert math.isnan(difference([value + 0.02 for value in values], values).p)
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ([0.5], "- a - b: +0.2500 over 1 common seed"),
+        ([0.5, math.nan], "- a - b: not finite over 2 common seeds"),
+        ([0.5, 0.5], "- a - b: +0.2500 ± 0.0000 at 95 % over 2 common seeds"),
+    ],
+)
+def test_a_comparison_has_an_interval_only_where_there_is_one(first, said):
+    assert comparison("a - b", first, [0.25] * len(first)) == said
+
+
+def test_equal_means_are_marked_alike():
+    """Also those whose sums were rounded otherwise."""
+    means = {"a": 0.1 + 0.2, "b": 0.3, "c": 0.2, "d": math.nan, "e": 0.2, "f": 0.1}
+    assert marks_of(means, True) == {"a": "**", "b": "**", "c": "_", "e": "_"}
+    assert marks_of(means, False) == {"f": "**", "c": "_", "e": "_"}
