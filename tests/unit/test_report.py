@@ -317,12 +317,12 @@ def test_groups_are_called_after_what_differs(tmp_path):
 
 
 def test_a_section_that_others_have_not_is_named_by_what_it_sets(tmp_path):
-    sweep = {"schedule": [{"after": 3, "rank": 2}]}
+    sweep = {"schedule": [{"after": 2, "rank": 2}]}
     plain = make_run(tmp_path / "plain", "fixed", 1)
     swept = make_run(tmp_path / "swept", "fixed", 1, sweep=sweep)
     assert [group.name for group in groups_of(plain, swept)] == [
         "sweep=null",
-        'sweep.schedule=[{"after": 3, "rank": 2}]',
+        'sweep.schedule=[{"after": 2, "rank": 2}]',
     ]
 
 
