@@ -91,9 +91,9 @@ def perform_sweep(
         named = {f"core_{k}": core for k, core in enumerate(new32)}
         if how.moments == "transport":
             named |= _transported(moments, old, [core.double() for core in new32])
-        report = _report(cuts or swept.cuts, old, new, old_spec, adapter.targets)
         # Between the cuts of local steps the chain was trained: they say nothing of the change.
-        report |= {"predicted_rel_error": None} if cuts else {}
+        predicted = None if cuts else swept.predicted_error
+        report = _report(cuts or swept.cuts, predicted, old, new, old_spec, adapter.targets)
         return report | _remarks(how, rule, wanted) | {"seconds": _short(time.perf_counter() - started)}, named
 
     report, tensors = world.from_first(compute)
@@ -200,7 +200,12 @@ def _named(tensors: Any, prefix: str) -> Moments:
 
 
 def _report(
-    cuts: Sequence[Cut], old: list[Tensor], new: list[Tensor], spec: ChainSpec, targets: Sequence[Target]
+    cuts: Sequence[Cut],
+    predicted: float | None,
+    old: list[Tensor],
+    new: list[Tensor],
+    spec: ChainSpec,
+    targets: Sequence[Target],
 ) -> dict[str, Any]:
     """Return what happened, errors as parts of the norm before.
 
@@ -210,7 +215,6 @@ def _report(
     difference = subtract(new, old)
     wide = replace(spec, ranks=ranks(difference))
     size, in_use = float(norm(old)), norm_in_use(spec, old, targets)
-    predicted = sum(cut.discarded_weight for cut in cuts) ** 0.5
     return {
         "ranks_before": list(spec.ranks),
         "ranks_after": list(ranks(new)),
@@ -223,7 +227,7 @@ def _report(
             for cut in cuts
         ],
         "norm": _short(size),
-        "predicted_rel_error": _short(predicted / size) if size else 0.0,
+        "predicted_rel_error": None if predicted is None else _short(predicted / size) if size else 0.0,
         "measured_rel_error": _short(float(norm(difference)) / size) if size else 0.0,
         "used_rel_error": _short(norm_in_use(wide, difference, targets) / in_use) if in_use else 0.0,
     }

@@ -213,9 +213,11 @@ def test_the_account_of_a_sweep(tmp_path):
     trainer = make_trainer(toy_recipe(tmp_path, adapter={"rank": 4, "target_modules": ["q_proj", "down_proj"]}))
     randomise(trainer.adapter)
     old = [core.detach().double() for core in trainer.adapter.cores]
-    new = [core.detach().double() for core in sweeping.sweep(old, max_ranks=2).cores]
-    cuts = sweeping.sweep(old, max_ranks=2).cuts
-    report = sweeping._report(cuts, old, new, trainer.adapter.spec, trainer.adapter.targets)
+    swept = sweeping.sweep(old, max_ranks=2)
+    new = [core.detach().double() for core in swept.cores]
+    report = sweeping._report(
+        swept.cuts, swept.predicted_error, old, new, trainer.adapter.spec, trainer.adapter.targets
+    )
     assert report["ranks_before"] == [4, 4, 4] and report["ranks_after"] == [2, 2, 2]
     assert report["predicted_rel_error"] == report["measured_rel_error"] > 0.01
     assert report["measured_rel_error"] == pytest.approx(float(norm(subtract(old, new)) / norm(old)), rel=1e-5)
