@@ -17,11 +17,17 @@ from rich.console import Console
 from metatt_scale.recipe import load_recipe
 from metatt_scale.study.command import run
 
-RECIPE = {
+TEXT = {
     "output_dir": "unused",
     "backbone": {"path": "model"},
     "data": {"train": [{"path": "train.json"}], "validation": [{"path": "validation.json"}]},
     "training": {"learning_rate": 2e-3},
+}
+"""Of a language model; that of STUDY is a classifier's."""
+RECIPE = {
+    **TEXT,
+    "classifier": {"labels": 2},
+    "data": {**TEXT["data"], "format": "sentences", "text_fields": ["text"]},
 }
 STUDY = {
     "recipe": "../recipe.yaml",
@@ -44,6 +50,7 @@ def write_study(folder: Path, monkeypatch, **keys) -> Path:
     monkeypatch.chdir(folder)
     (folder / "studies").mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "text.yaml").write_text(yaml.safe_dump(TEXT))
     study = folder / "studies" / "toy.yaml"
     study.write_text(yaml.safe_dump({k: v for k, v in {**STUDY, **keys}.items() if v is not None}, sort_keys=False))
     return study

@@ -14,10 +14,12 @@ from metatt_scale.recipe.schema import (
     only_chains,
     only_language_models,
 )
+from metatt_scale.recipe.scores import STEP_NUMBERS, task_headline
 from metatt_scale.recipe.sweep import SweepRecipe
 
 __all__ = [
     "INNER_BONDS",
+    "STEP_NUMBERS",
     "AdapterRecipe",
     "BackboneRecipe",
     "ClassifierRecipe",
@@ -38,5 +40,6 @@ __all__ = [
     "only_chains",
     "only_language_models",
     "read_mapping",
+    "task_headline",
     "validate",
 ]

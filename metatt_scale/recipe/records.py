@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from metatt_scale.recipe.section import Section as _Section
 OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("spearman", "pearson")
 """Scores of each kind of label; the first is the headline unless another is asked for."""
 
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+"""It becomes part of keys, and of commands that are shown."""
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
@@ -26,9 +28,9 @@ class Labels(_Section):
 
     @model_validator(mode="after")
     def _check_metric(self) -> Labels:
-        if self.metric is not None and self.metric not in self._scores:
+        if self.metric is not None and self.metric not in self.scores:
             kind = "numbers (`labels` is 1)" if self.is_regression else f"{self.labels} classes"
-            raise ValueError(f"`metric` is {self.metric}, but {kind} are scored by {', '.join(self._scores)}")
+            raise ValueError(f"`metric` is {self.metric}, but {kind} are scored by {', '.join(self.scores)}")
         return self
 
     @property
@@ -39,10 +41,11 @@ class Labels(_Section):
     @property
     def headline(self) -> str:
         """The score that stands for all: `metric`, or the usual one."""
-        return self.metric or self._scores[0]
+        return self.metric or self.scores[0]
 
     @property
-    def _scores(self) -> tuple[str, ...]:
+    def scores(self) -> tuple[str, ...]:
+        """All that an evaluation gives."""
         return OF_NUMBERS if self.is_regression else OF_CLASSES
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from metatt_scale.recipe.adapter import DIAGONAL, INNER_BONDS, AdapterRecipe, check_ranks
-from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, Labels, TaskRecipe
+from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, Labels, TaskName, TaskRecipe
+from metatt_scale.recipe.scores import evaluation_keys, headline
 from metatt_scale.recipe.section import Section
 from metatt_scale.recipe.sweep import SweepRecipe
 from metatt_scale.recipe.tasks import check_tasks
@@ -194,9 +195,10 @@ class Recipe(Section):
     backbone: BackboneRecipe
     adapter: AdapterRecipe = AdapterRecipe()
     classifier: ClassifierRecipe | None = None
-    tasks: dict[str, TaskRecipe] = Field(default={})
+    tasks: dict[TaskName, TaskRecipe] = Field(default={})
     """Tasks that are learnt together, in the order of their slices in a task core; every data source names one. The
-    loss is the sum of theirs, each a mean over its own records of the batch."""
+    loss is the sum of theirs, each a mean over its own records of the batch. Names begin with a letter or digit and
+    go on with letters, digits and _ . -"""
     data: DataRecipe
     training: TrainingRecipe = TrainingRecipe()
     sweep: SweepRecipe | None = None
@@ -248,6 +250,16 @@ class Recipe(Section):
         if self.classifier is None:
             return {}
         return dict(self.tasks) if self.tasks else {"": self.classifier}
+
+    @property
+    def headline(self) -> str:
+        """Key of the number in metrics.jsonl that stands for all of an evaluation's."""
+        return headline(self.label_sets)
+
+    @property
+    def evaluation_keys(self) -> tuple[str, ...]:
+        """Keys of all numbers of an evaluation in metrics.jsonl."""
+        return evaluation_keys(self.label_sets, tuple(self.tasks))
 
     @property
     def head_outputs(self) -> int | None:
@@ -323,5 +335,5 @@ def only_language_models(recipe: Recipe, command: str) -> None:
     if recipe.classifier is not None:
         remedy = "give a recipe without one"
         if command == "evaluate":
-            remedy = f"its scores are eval_loss, eval_{recipe.classifier.headline} and others in metrics.jsonl"
+            remedy = f"its scores are eval_loss, {recipe.headline} and others in metrics.jsonl"
         raise ValueError(f"`{command}` is for language models, but this recipe has a `classifier`; {remedy}")

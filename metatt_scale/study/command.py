@@ -20,9 +20,10 @@ from rich.console import Console
 from metatt_scale.files import write_text
 from metatt_scale.study.agenda import Agenda, agenda_of, unused
 from metatt_scale.study.children import Child, MakeCommands, commands_of, read_machine, seconds_spent
+from metatt_scale.study.opening import open_study
 from metatt_scale.study.outcome import collect
 from metatt_scale.study.results import Results
-from metatt_scale.study.runs import OpenStudy, Run, open_study
+from metatt_scale.study.runs import OpenStudy, Run
 
 _BUDGET_MINUTES = 75.0
 _PAUSE_SECONDS = 0.1

@@ -20,15 +20,36 @@ from metatt_scale.recipe import Recipe
 from metatt_scale.training.checkpoint import RunState, list_checkpoints
 from metatt_scale.training.sweep_plan import plan_sweeps
 
+RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.jsonl"
+RECIPE_HEAD = "# The settings of the run in this folder, written by `metatt-scale train`\n"
 
-def check_resume(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder with checkpoints where the recipe says that nothing is to be resumed."""
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder whose files this run would replace without going on from them.
+
+    What a run leaves before its first checkpoint is no loss: the same recipe gives it again.
+    """
     found = list_checkpoints(folder / "checkpoints")
+    if not found:
+        _check_no_loss(folder)
     if recipe.training.resume == "never" and found:
         raise ValueError(
             f"{folder / 'checkpoints'} holds checkpoints ({found[-1].name}) and training.resume is never; choose "
             "another output_dir, remove the folder, or set training.resume: auto"
         )
+
+
+def _check_no_loss(folder: Path) -> None:
+    """Refuse results whose checkpoints are gone, and files that no run has written."""
+    remedy = "choose another output_dir, or move it away; nothing was changed"
+    for name in ("adapter", "results.json", "exports"):
+        if (folder / name).exists():
+            raise ValueError(f"{folder} holds {name}, but no checkpoint that this run could go on from; {remedy}")
+    settings = folder / RECIPE_FILE
+    if settings.exists() and not settings.read_bytes().startswith(RECIPE_HEAD.encode()):
+        raise ValueError(f"{settings} is not of a run's making, and would be replaced; {remedy}")
+    if (folder / METRICS_FILE).exists() and not settings.exists():
+        raise ValueError(f"{folder / METRICS_FILE} belongs to no run ({RECIPE_FILE} is missing); {remedy}")
 
 
 def check_length(recipe: Recipe, data: PreparedData) -> None:
@@ -38,6 +59,21 @@ def check_length(recipe: Recipe, data: PreparedData) -> None:
     plan_sweeps(recipe, per_epoch, total)
     if recipe.adapter.kind == "adalora":
         recipe.adapter.adalora.check_length(total)
+
+
+def check_scores(recipe: Recipe, data: PreparedData) -> None:
+    """Refuse to choose by a correlation of fewer than two numbers, which is none."""
+    if recipe.training.best_by != "metric" or data.validation is None:
+        return
+    table, indices = data.validation
+    for place, (task, labels) in enumerate(recipe.label_sets.items()):
+        count = len(indices) if table.tasks is None else int((table.tasks[indices] == place).sum())
+        if labels.is_regression and count < 2:
+            whose = f"task {task!r} has" if task else "there is"
+            raise ValueError(
+                f"training.best_by is metric, but {whose} {count} validation record, which has no correlation; "
+                "give at least two, or choose by loss"
+            )
 
 
 def check_result(adapter: Adapter, progress: RunState) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 def class_scores(counts_KK: np.ndarray) -> dict[str, float]:
     """Return accuracy, F1 and Matthews' correlation of predicted classes.
 
-    F1 is that of class 1 where there are two (as GLUE's MRPC), else the classes' mean. Matthews' correlation of all
-    classes is 0 where one class was always taken.
+    F1 is that of class 1 where there are two (as GLUE's MRPC), else the mean over the classes that occur, as truth or
+    as prediction. Matthews' correlation of all classes is 0 where one class was always taken.
 
     Args:
         counts_KK: examples of class [row] that were taken for class [column].
@@ -23,7 +23,8 @@ def class_scores(counts_KK: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     truth_KK, taken_KK = np.indices(counts_KK.shape)
-    truth, taken, weights = truth_KK.ravel(), taken_KK.ravel(), counts_KK.ravel()
+    seen = counts_KK.ravel() > 0
+    truth, taken, weights = (values_KK.ravel()[seen] for values_KK in (truth_KK, taken_KK, counts_KK))
     average = "binary" if len(counts_KK) == 2 else "macro"
     return {
         "eval_accuracy": float(accuracy_score(truth, taken, sample_weight=weights)),

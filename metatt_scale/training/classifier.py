@@ -70,12 +70,6 @@ class Classifier:
     packed: bool = field(default=False, init=False)
     """Encoders attend both ways, which packed rows are not made for (backbone/attention.py): always padded."""
 
-    @property
-    def headline(self) -> str:
-        """The score of one task, or the mean of all tasks' (best mean: paper, section 4.2)."""
-        only = self.labels.get("")
-        return "eval_mean" if only is None else f"eval_{only.headline}"
-
     def denominator(self, table: TokenTable, indices: Any) -> int:
         """Return the number of examples."""
         return len(indices)

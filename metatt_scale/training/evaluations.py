@@ -5,29 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from metatt_scale.recipe import Recipe, TrainingRecipe
+from metatt_scale.recipe import Recipe, task_headline
 from metatt_scale.training.checkpoint import RunState
 
 
-def judge(
-    progress: RunState, recipe: TrainingRecipe, headline: str, scores: Mapping[str, float]
-) -> tuple[bool, str | None]:
+def judge(progress: RunState, recipe: Recipe, scores: Mapping[str, float]) -> tuple[bool, str | None]:
     """Take note of an evaluation; return whether it is the best so far and, if the run ends with it, why."""
-    by_metric, patience = recipe.best_by == "metric", recipe.early_stopping_patience
-    if progress.improved(scores["eval_loss"], scores[headline] if by_metric else None):
+    by_metric, patience = recipe.training.best_by == "metric", recipe.training.early_stopping_patience
+    if progress.improved(scores["eval_loss"], scores[recipe.headline] if by_metric else None):
         return True, None
     if patience is None or progress.evaluations_without_gain < patience:
         return False, None
     progress.finished = True
-    wanted = f"higher {headline}" if by_metric else "lower loss"
+    wanted = f"higher {recipe.headline}" if by_metric else "lower loss"
+    if progress.best_step is None:
+        wanted = f"finite {recipe.headline if by_metric else 'loss'}"
     return False, f"stopped early after step {progress.step}: no {wanted} in {patience} evaluations"
-
-
-def headline_of(recipe: Recipe, task: str) -> str:
-    """Return the key of one task's headline in the scores of an evaluation."""
-    labels = recipe.label_sets.get(task)
-    score = labels.headline if labels is not None else "loss"
-    return f"eval_{task}_{score}" if task else f"eval_{score}"
 
 
 def forgetting(
@@ -45,7 +38,7 @@ def forgetting(
     if recipe.tasks and not tasks:  # a language model that knew no tasks: what it could is not measured here
         return result
     for task in tasks or ("",):
-        key = headline_of(recipe, task)
+        key = task_headline(recipe.label_sets, task)
         if key in before and math.isfinite(now.get(key, math.nan)):
             worse = before[key] - now[key]
             result[task or "all"] = -worse if key.endswith("_loss") else worse

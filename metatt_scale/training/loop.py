@@ -22,7 +22,7 @@ from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
-from metatt_scale.training.checks import why_hopeless
+from metatt_scale.training.checks import METRICS_FILE, why_hopeless
 from metatt_scale.training.evaluations import forgetting, judge
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
 from metatt_scale.training.objective import evaluate_tasks, make_objective
@@ -109,7 +109,7 @@ class Trainer:
             ValueError: too many steps in a row were not finite; the last good cores are saved.
         """
         first = self.world.is_first
-        metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step) if first else None
+        metrics = MetricsFile(self.folder / METRICS_FILE, self.progress.step) if first else None
         trackers = Trackers(self.recipe) if first else None
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
         if self.recipe.adapter.start_from and not self.progress.step and self.data.validation is not None:
@@ -119,7 +119,7 @@ class Trainer:
 
         def publish(step: int, report: dict[str, Any]) -> None:
             left = (time.perf_counter() - started) / (step - first_step) * (self.total_steps - step)
-            bar.update(step, shown(report), left)
+            bar.update(step, shown(self.recipe, report), left)
             if metrics and trackers and self._is_logged(step, report):
                 metrics.write(step, report)
                 trackers.log(step, report)
@@ -308,7 +308,7 @@ class Trainer:
         """Remember the best values, and stop early where the recipe says so."""
         if not self.adapter.settled:
             return
-        improved, stopped = judge(self.progress, self.recipe.training, self.objective.headline, scores)
+        improved, stopped = judge(self.progress, self.recipe, scores)
         if improved:
             self.best = {name: value.clone() for name, value in self.adapter.tensors().items()}
         if stopped is not None:

@@ -14,13 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from metatt_scale.files import naming, write_text
-from metatt_scale.recipe import Recipe
-
-_SCORES = {
-    "eval_loss": "eval",
-    **{f"eval_{name}": name for name in ("accuracy", "f1", "matthews", "pearson", "spearman")},
-}
-"""Keys of an evaluation, and how the terminal names them."""
+from metatt_scale.recipe import Recipe, task_headline
 
 
 class MetricsFile:
@@ -104,8 +98,8 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def shown(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the numbers of a step that a person follows while waiting."""
+def shown(recipe: Recipe, report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the numbers of a step that a person follows while waiting; of several tasks their headlines."""
     numbers = {
         "loss": "not finite, skipped" if report["loss"] is None else f"{report['loss']:.4f}",
         "lr": f"{report['learning_rate']:.2e}",
@@ -113,14 +107,16 @@ def shown(report: Mapping[str, Any]) -> dict[str, str]:
         **({"ranks": ",".join(map(str, report["ranks"]))} if "ranks" in report else {}),  # of a chain
         "mem": f"{report['memory_gib']:.1f}G",
     }
-    for name, label in _SCORES.items():
+    headlines = [task_headline(recipe.label_sets, task) for task in recipe.tasks]
+    for name in ("eval_loss", recipe.headline, *headlines) if recipe.tasks else recipe.evaluation_keys:
         if name in report:
+            label = "eval" if name == "eval_loss" else name.removeprefix("eval_")
             numbers[label] = "not finite" if report[name] is None else f"{report[name]:.4f}"
     return numbers
 
 
 class ProgressBar:
-    """A live bar on a terminal; elsewhere a line for the first step and every `every` steps."""
+    """A live bar on a terminal; elsewhere a line for the first step, every `every` steps, and each evaluation."""
 
     def __init__(self, console: Console, total: int, done: int, every: int) -> None:
         self._console, self._every, self._total, self._first = console, every, total, done + 1
@@ -143,7 +139,7 @@ class ProgressBar:
         text = "  ".join(f"{key} {value}" for key, value in numbers.items())
         if self._live is not None:
             self._live.update(self._task, completed=step, numbers=text)
-        elif step % self._every == 0 or step in (self._first, self._total):
+        elif step % self._every == 0 or step in (self._first, self._total) or "eval" in numbers:
             minutes, seconds = divmod(round(seconds_left), 60)
             line = f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02d}"
             self._console.print(line, highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,11 +28,6 @@ class Objective(Protocol):
     @property
     def packed(self) -> bool:
         """Whether the examples of a micro-batch stand in one row."""
-        ...
-
-    @property
-    def headline(self) -> str:
-        """The score that stands for all of `evaluate`'s, more of it being better; `eval_loss` where that is all."""
         ...
 
     def denominator(self, table: TokenTable, indices: Any) -> int:
@@ -108,7 +103,6 @@ class NextTokens:
     world: World
     packed: bool
     n_tasks: int = 0
-    headline: str = field(default="eval_loss", init=False)
 
     def denominator(self, table: TokenTable, indices: Any) -> int:
         """Return the number of target tokens."""

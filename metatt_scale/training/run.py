@@ -42,9 +42,12 @@ from metatt_scale.recipe import Recipe, dump_recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import Snapshot
 from metatt_scale.training.checks import (
+    RECIPE_FILE,
+    RECIPE_HEAD,
+    check_folder,
     check_length,
     check_result,
-    check_resume,
+    check_scores,
     check_trainable,
     check_writable,
     only_run,
@@ -81,21 +84,22 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
             check_writable(folder)
             check_trackers(recipe)
             stack.enter_context(only_run(folder))
-            check_resume(folder, recipe)
+            check_folder(folder, recipe)
         if launch.note:
             console.print(launch.note, style="yellow", highlight=False, soft_wrap=True)
         tokenizer = load_tokenizer(recipe.backbone)
         # Before the ranks meet: tokenising may take long, and a rank that waits in a collective gives up some time.
         data = _prepare(recipe, tokenizer, console)
         check_length(recipe, data)
+        check_scores(recipe, data)
         timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
         with join(device, timeout, group=launch.strategy != "replicate") as world:
             trainer = _assemble(recipe, folder, console, world, launch, data, tokenizer)
             _resume(trainer)
-            world.on_first(lambda: write_text(folder / "recipe.yaml", dump_recipe(recipe)))
+            world.on_first(lambda: write_text(folder / RECIPE_FILE, RECIPE_HEAD + dump_recipe(recipe)))
             trainer.train()
-            if recipe.training.keep == "best" and trainer.best:
-                trainer.adapter.set_values(trainer.best)
+            if recipe.training.keep == "best":
+                _take_best(trainer)
             check_result(trainer.adapter, trainer.progress)
             world.on_first(lambda: _write_adapter(folder / "adapter", trainer))
     console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
@@ -225,6 +229,19 @@ def _check_origin(trainer: Trainer, path: str, snapshot: Snapshot) -> None:
                 f"OMP_NUM_THREADS={snapshot.threads})"
             )
         _warn(trainer.console, message)
+
+
+def _take_best(trainer: Trainer) -> None:
+    """Give the adapter its values at the best evaluation, or say that there was none."""
+    if trainer.best:
+        trainer.adapter.set_values(trainer.best)
+        return
+    chosen_by = trainer.recipe.headline if trainer.recipe.training.best_by == "metric" else "eval_loss"
+    _warn(
+        trainer.console,
+        f"training.keep is best, but no evaluation was ({chosen_by} was never finite, or ranks changed behind the "
+        "last one); the adapter is that of the last step",
+    )
 
 
 def _warn(console: Console, message: str) -> None:

@@ -322,8 +322,43 @@ def test_never_refuses_a_folder_with_checkpoints(run, finished):
     with pytest.raises(ValueError, match=r"holds checkpoints \(step-000006\) and training.resume is never"):
         train(fresh, quiet())
     assert snapshot(root.parent) == before
+
+
+@pytest.mark.parametrize("left", ["adapter", "exports", "results.json"])
+def test_results_whose_checkpoints_are_gone_are_not_replaced(run, left):
+    recipe, _, root = run
     shutil.rmtree(root)
-    train(fresh, quiet())
+    shutil.rmtree(root.parent / "adapter") if left != "adapter" else None
+    if left == "exports":
+        (root.parent / left / "lora").mkdir(parents=True)
+    elif left == "results.json":
+        (root.parent / left).write_text("{}")
+    before = snapshot(root.parent)
+    with pytest.raises(ValueError, match=f"holds {left}, but no checkpoint .*choose another output_dir, or move it"):
+        train(recipe, quiet())
+    assert snapshot(root.parent) == before
+
+
+def test_what_a_run_leaves_before_its_first_checkpoint_is_no_loss(run):
+    recipe, _, root = run
+    final = (root.parent / "adapter" / "metatt.safetensors").read_bytes()
+    shutil.rmtree(root)
+    shutil.rmtree(root.parent / "adapter")
+    train(recipe, quiet())
+    assert (root.parent / "adapter" / "metatt.safetensors").read_bytes() == final
+
+
+@pytest.mark.parametrize(
+    "name, says", [("recipe.yaml", "not of a run's making"), ("metrics.jsonl", "belongs to no run")]
+)
+def test_files_of_others_are_not_replaced(tmp_path, name, says):
+    recipe = toy_recipe(tmp_path)
+    folder = Path(recipe.output_dir)
+    folder.mkdir()
+    (folder / name).write_text("# mine\nseed: 1\n")
+    with pytest.raises(ValueError, match=f"{says}.*nothing was changed"):
+        train(recipe, quiet())
+    assert (folder / name).read_text() == "# mine\nseed: 1\n" and sorted(p.name for p in folder.iterdir())[-1] == name
 
 
 def test_exact_refuses_another_number_of_threads_and_auto_warns(run, finished):

@@ -79,7 +79,7 @@ def test_a_trained_chain_tells_numbers_apart(tmp_path):
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    assert isinstance(trainer.objective, Classifier) and trainer.objective.headline == "eval_spearman"
+    assert isinstance(trainer.objective, Classifier) and trainer.recipe.headline == "eval_spearman"
     assert after["eval_loss"] < before["eval_loss"] / 2 and after["eval_pearson"] > 0.9
 
 
@@ -99,6 +99,25 @@ def test_the_best_by_its_metric_is_kept_and_patience_counts_by_it(tmp_path, monk
     assert [line["eval_pearson"] for line in metrics(run.folder)] == [0.1, 0.5, 0.4, None]
     description, _ = read_recipe(run.folder / "adapter")
     assert (description["step"], description["best_loss"], description["best_metric"]) == (2, 2.0, 0.5)
+
+
+def test_what_was_never_a_number_is_said_and_not_taken_for_the_best(tmp_path, monkeypatch):
+    training = {"keep": "best", "best_by": "metric", "eval_every": 1, "early_stopping_patience": 2}
+    scores = {"eval_loss": 1.0, "eval_pearson": math.nan, "eval_spearman": math.nan}
+    monkeypatch.setattr(Classifier, "evaluate", lambda *_: scores)
+    console = quiet()
+    run = train(toy_regression(tmp_path, training=training), console)
+    assert "stopped early after step 2: no finite eval_spearman in 2 evaluations" in said(console)
+    assert "no evaluation was (eval_spearman was never finite, or ranks changed" in said(console)
+    description, _ = read_recipe(run.folder / "adapter")
+    assert (description["step"], description["best_metric"]) == (2, None)
+
+
+def test_one_number_has_no_correlation_to_choose_by(tmp_path):
+    training = {"keep": "best", "best_by": "metric"}
+    recipe = toy_regression(tmp_path, training=training, data={"validation_size": 1})
+    with pytest.raises(ValueError, match="there is 1 validation record, which has no correlation; give at least two"):
+        train(recipe, quiet())
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from metatt_scale.data import IGNORE, Mixture, collate, micro_batches
 from metatt_scale.data.sampling import passes
-from metatt_scale.recipe import DataRecipe, validate
+from metatt_scale.recipe import STEP_NUMBERS, DataRecipe, validate
 from metatt_scale.training import train
 from tests.tiny import FLOAT32, randomise
-from tests.toy import BERT, UNDROPPED, make_trainer, metrics, one_step, quiet, toy, toy_recipe, write_toy
+from tests.toy import BERT, UNDROPPED, make_trainer, metrics, one_step, quiet, said, toy, toy_recipe, write_toy
 
 KINDS = ["metatt_4d", "metatt_4p1d", "metatt_5p1d"]
 NAMES = ("even", "digit", "sum")
@@ -196,6 +196,17 @@ def test_one_named_task_is_scored_like_several(tmp_path):
     run = train(toy_tasks(tmp_path, tasks={"even": {"labels": 2}}, data=data, training=training), quiet())
     line = metrics(run.folder)[-1]
     assert line["eval_mean"] == line["eval_even_accuracy"]
+
+
+def test_evaluations_have_the_keys_that_follow_from_the_recipe_and_headlines_are_shown(tmp_path):
+    recipe, console = toy_tasks(tmp_path, training={"max_steps": 3, "eval_every": 2}, logging={"every": 5}), quiet()
+    lines = metrics(train(recipe, console).folder)
+    assert {key for key in lines[-1] if key.startswith("eval_")} == set(recipe.evaluation_keys)
+    assert set(STEP_NUMBERS) <= set(lines[-1])
+    shown = [line for line in said(console).splitlines() if line.startswith("step ")]
+    assert len(shown) == 3, "the first, and each with an evaluation"
+    for key in ("mean", "even_accuracy", "digit_matthews", "sum_spearman"):
+        assert f"  {key} {lines[-1][f'eval_{key}']:.4f}  " in shown[-1]
 
 
 def test_a_task_without_an_example_is_refused_before_the_first_step(tmp_path):

@@ -24,6 +24,8 @@ from metatt_scale.training.classifier import class_loss, number_loss
         ([[6, 2], [1, 3]], 0.75, 6 / 9, (6 * 3 - 2 * 1) / math.sqrt(8 * 4 * 7 * 5)),
         # Of three: (c s - sum p t) / sqrt((s^2 - sum p^2) (s^2 - sum t^2)), c right of s, p taken, t true.
         ([[2, 1, 0], [0, 3, 0], [1, 0, 3]], 0.8, (2 / 3 + 6 / 7 + 6 / 7) / 3, (80 - 33) / math.sqrt(66 * 66)),
+        # Of three, one of which never occurs: the other two's.
+        ([[5, 2, 0], [1, 6, 0], [0, 0, 0]], 11 / 14, (10 / 13 + 12 / 15) / 2, 28 / math.sqrt(7 * 7 * 6 * 8)),
     ],
 )
 def test_scores_of_known_classes(counts, accuracy, f1, matthews):

@@ -81,6 +81,8 @@ CLASSIFIERS = [
     whole(
         "packed", SENTENCES + CLASSIFIER + "training: {packing: true}", "`training.packing` is true", "leave it out"
     ),
+    whole("no name", SENTENCES + "classifier: {}\ntasks: {'': {labels: 2}}", '`tasks.` is ""; it must match'),
+    whole("name in a key", SENTENCES + "classifier: {}\ntasks: {a b: {labels: 2}}", '`tasks.a b` is "a b"; it must'),
     whole("tasks", SENTENCES + CLASSIFIER + "evaluation: {tasks: [boolq]}", "`evaluation.tasks`", "leave it out"),
     whole("prompts", SENTENCES + "  train_on_inputs: true\n" + CLASSIFIER, "`train_on_inputs` is true"),
 ]

@@ -7,20 +7,14 @@ import pytest
 import yaml
 
 from metatt_scale.recipe import RecipeError, validate
-from metatt_scale.study.runs import headline_of, open_study
-from tests.studies import CHOOSE, RECIPE, lines_of, study, write_study
+from metatt_scale.study.opening import open_study
+from tests.studies import CHOOSE, RECIPE, TEXT, lines_of, study, write_study
 
-CLASSIFIER = {
-    **RECIPE,
-    "classifier": {"labels": 2},
-    "data": {**RECIPE["data"], "format": "sentences", "text_fields": ["text"]},
-}
-TWICE = {"easy": "../classes.yaml", "hard": "../classes.yaml"}
+TWICE = {"easy": "../recipe.yaml", "hard": "../recipe.yaml"}
 APART = {"hard": ["training.batch_size=8"]}
 
 
 def write(folder, monkeypatch, **keys):
-    (folder / "classes.yaml").write_text(yaml.safe_dump(CLASSIFIER))
     given = {"recipe": None, "recipes": TWICE, "columns": APART, "score": {"metrics": ["headline"]}, **keys}
     return write_study(folder, monkeypatch, **given)
 
@@ -32,7 +26,7 @@ def table_of(text, title):
 
 
 def test_arms_are_rows_and_recipes_are_columns(tmp_path, monkeypatch):
-    recipes, columns = dict.fromkeys(("plain", "slow"), "../classes.yaml"), {"slow": ["training.learning_rate=3e-3"]}
+    recipes, columns = dict.fromkeys(("plain", "slow"), "../recipe.yaml"), {"slow": ["training.learning_rate=3e-3"]}
     code, said = study(write(tmp_path, monkeypatch, recipes=recipes, columns=columns, compare=[["rank4", "rank2"]]))
     assert code == 0 and "rank4@slow, seed 1: headline 0.0400 (best 0.0900); 0:00:0" in said
     path = tmp_path / "studies" / "toy.yaml"
@@ -80,7 +74,7 @@ def test_every_arm_chooses_on_every_recipe(tmp_path, monkeypatch):
 def test_what_is_not_finished_has_no_mean(tmp_path, monkeypatch):
     """And a column of a language model, of whose loss less is better, is never averaged with scores."""
     path = write(
-        tmp_path, monkeypatch, recipes={"easy": "../classes.yaml"}, columns=None, arms={"a": []}, seeds=[1, 2]
+        tmp_path, monkeypatch, recipes={"easy": "../recipe.yaml"}, columns=None, arms={"a": []}, seeds=[1, 2]
     )
     assert study(path)[0] == 0
     write(tmp_path, monkeypatch, arms={"a": []})
@@ -94,7 +88,7 @@ def test_what_is_not_finished_has_no_mean(tmp_path, monkeypatch):
     write(
         tmp_path,
         monkeypatch,
-        recipes={"easy": "../classes.yaml", "text": "../recipe.yaml"},
+        recipes={"easy": "../recipe.yaml", "text": "../text.yaml"},
         columns=None,
         arms={"a": []},
     )
@@ -135,7 +129,7 @@ def test_bad_columns_are_one_message(tmp_path, monkeypatch, keys, says):
 
 
 def test_a_missing_headline_is_told_by_its_key(tmp_path, monkeypatch, capsys):
-    (tmp_path / "numbers.yaml").write_text(yaml.safe_dump({**CLASSIFIER, "classifier": {"labels": 1}}))
+    (tmp_path / "numbers.yaml").write_text(yaml.safe_dump({**RECIPE, "classifier": {"labels": 1}}))
     keys = {"recipes": {"numbers": "../numbers.yaml"}, "columns": None, "arms": {"a": []}, "seeds": [1]}
     path = write(tmp_path, monkeypatch, **keys)
     assert study(path)[0] == 1 and "has no headline (eval_spearman); it has eval_accuracy" in capsys.readouterr().err
@@ -144,9 +138,12 @@ def test_a_missing_headline_is_told_by_its_key(tmp_path, monkeypatch, capsys):
 def test_the_headline_of_a_recipe():
     sources = [{"path": "t.json", "task": name} for name in "ab"]
     tasks = {"a": {"labels": 2}, "b": {"labels": 1}}
-    joint = {**CLASSIFIER, "classifier": {}, "tasks": tasks, "data": {**CLASSIFIER["data"], "train": sources}}
+    joint = {**RECIPE, "classifier": {}, "tasks": tasks, "data": {**RECIPE["data"], "train": sources}}
     joint["data"]["validation"] = sources
-    of = {"eval_loss": RECIPE, "eval_mean": joint, "eval_accuracy": CLASSIFIER}
-    of["eval_matthews"] = {**CLASSIFIER, "classifier": {"labels": 2, "metric": "matthews"}}
-    of["eval_spearman"] = {**CLASSIFIER, "classifier": {"labels": 1}}
-    assert {key: headline_of(validate(recipe, "toy")) for key, recipe in of.items()} == {key: key for key in of}
+    of = {"eval_loss": TEXT, "eval_mean": joint, "eval_accuracy": RECIPE}
+    of["eval_matthews"] = {**RECIPE, "classifier": {"labels": 2, "metric": "matthews"}}
+    of["eval_spearman"] = {**RECIPE, "classifier": {"labels": 1}}
+    assert {key: validate(recipe, "toy").headline for key, recipe in of.items()} == {key: key for key in of}
+    only = {**joint, "tasks": {"a": {"labels": 2}}, "data": {**joint["data"], "train": sources[:1]}}
+    only["data"]["validation"] = sources[:1]
+    assert validate(only, "toy").headline == "eval_mean", "one task with a name is as several"

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from metatt_scale.recipe import RecipeError, check
-from metatt_scale.study.runs import open_study
+from metatt_scale.study.opening import open_study
 from metatt_scale.study.schema import Study
 from tests.studies import CHOOSE, write_study
 
@@ -56,6 +56,30 @@ BAD = {
     "choice that an arm has made": (
         {"choose": CHOOSE, "arms": {"a": ["training.learning_rate=1"]}},
         "of arm a sets what `choose` decides",
+    ),
+    "number that no evaluation has": (
+        {"score": {"metrics": ["eval_los"]}},
+        "arm rank2: `score` names eval_los, which is no number of this run; evaluations give headline, eval_",
+    ),
+    "number of a classifier": (
+        {"recipe": "../text.yaml"},
+        "eval_accuracy, which is no number of this run; evaluations",
+    ),
+    "task for a classifier": (
+        {"score": {"tasks": ["boolq"]}},
+        "`score` names the task boolq, a question to a language model, but the recipe has a `classifier`",
+    ),
+    "number to choose by": (
+        {"choose": {**CHOOSE, "by": "eval_spearman"}},
+        "arm rank2: `choose.by` names eval_spearman, which is no number of this run",
+    ),
+    "no evaluations": (
+        {"base": ["data.validation=[]"]},
+        "`score` names eval_accuracy, which is no number of this run; there are no evaluations; give",
+    ),
+    "direction of nothing": (
+        {"score": {"metrics": ["eval_loss"], "higher_is_better": {"eval_acc": True}}},
+        "`score.higher_is_better` names eval_acc, which is neither reported nor chosen by; these are eval_loss",
     ),
     "choice on what is reported": (
         {"choose": {**CHOOSE, "overrides": []}},

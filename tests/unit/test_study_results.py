@@ -6,8 +6,8 @@ import math
 import pytest
 
 from metatt_scale.study.agenda import agenda_of, unused
+from metatt_scale.study.opening import open_study
 from metatt_scale.study.results import Results
-from metatt_scale.study.runs import open_study
 from tests.studies import lines_of, study, write_study
 
 LEARNED = {"trainable_parameters": 2000, "ranks": [2, 2, 2]}

@@ -14,8 +14,8 @@ import pytest
 
 from metatt_scale.cli import main
 from metatt_scale.study import command
+from metatt_scale.study.opening import open_study
 from metatt_scale.study.outcome import collect
-from metatt_scale.study.runs import open_study
 from metatt_scale.training.signals import SIGNALS
 from tests.studies import CHOOSE, MACHINE, fake_commands, lines_of, study, write_study
 
@@ -204,12 +204,12 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys
 
 
 def test_a_number_that_runs_do_not_have_is_told(tmp_path, monkeypatch, capsys):
-    path = write_study(tmp_path, monkeypatch, score={"metrics": ["eval_acuracy"]}, seeds=[1], arms={"a": []})
+    path = write_study(tmp_path, monkeypatch, score={"metrics": ["eval_f1"]}, seeds=[1], arms={"a": []})
     code, said = study(path)
     assert code == 1 and not lines_of(path) and "no table yet" in said
-    assert "metrics.jsonl has no eval_acuracy; it has eval_accuracy, eval_loss. Name one" in capsys.readouterr().err
+    assert "metrics.jsonl has no eval_f1; it has eval_accuracy, eval_loss. Name one" in capsys.readouterr().err
     write_study(tmp_path, monkeypatch, seeds=[1], arms={"a": []})
-    assert study(path, command.commands_of)[0] == 0, "what was trained counts, once the name is right"
+    assert study(path, command.commands_of)[0] == 0, "what was trained counts, once the study asks for what is there"
 
 
 def test_a_run_that_would_not_fit_the_budget_is_not_started(tmp_path, monkeypatch):
@@ -331,11 +331,12 @@ def test_tasks_are_scored_by_a_second_process(tmp_path, monkeypatch):
         train = fake_commands(opened, run) if commands[0][3] == "train" else []
         return [*train, (sys.executable, "-c", evaluate, str(run.folder), ",".join(opened.study.score.tasks))]
 
-    path = write_study(tmp_path, monkeypatch, score={"tasks": ["piqa"]}, seeds=[1], arms={"a": []})
+    keys = {"seeds": [1], "arms": {"a": []}, "recipe": "../text.yaml"}
+    path = write_study(tmp_path, monkeypatch, score={"tasks": ["piqa"]}, **keys)
     code, said = study(path, with_scores)
     assert code == 0 and "a, seed 1: piqa 0.7500; 0:00:0" in said
     assert lines_of(path)[0]["scores"]["piqa"] == {"last": 0.75, "best": None, "per_epoch": []}
-    write_study(tmp_path, monkeypatch, score={"tasks": ["piqa", "boolq"]}, seeds=[1], arms={"a": []})
+    write_study(tmp_path, monkeypatch, score={"tasks": ["piqa", "boolq"]}, **keys)
     assert study(path, with_scores)[0] == 0 and len(lines_of(path)) == 2
     assert ran == [["train", "evaluate"], ["evaluate"]]
 
