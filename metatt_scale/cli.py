@@ -1,8 +1,8 @@
 """The command line: train, evaluate, export, plan, generate, benchmark, study, report, quickstart.
 
-Anything the user can mend is one message on stderr and exit code 2; a run stopped by a signal exits with 128 plus
-the signal's number. METATT_DEBUG=1 shows the traceback behind a message. Libraries are imported by the command
-that needs them, after its arguments and recipe are checked.
+Anything the user can mend is one message on stderr and exit code 2 (3 where training diverged); a run stopped by a
+signal exits with 128 plus the signal's number. METATT_DEBUG=1 shows the traceback behind a message. Libraries are
+imported by the command that needs them, after its arguments and recipe are checked.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -23,7 +24,7 @@ from rich.console import Console
 from metatt_scale import __version__
 from metatt_scale.benchmark.command import run as run_benchmark
 from metatt_scale.benchmark.settings import add_arguments as add_benchmark_arguments
-from metatt_scale.ending import leave, message_of, out_of_memory, told_elsewhere, which_rank
+from metatt_scale.ending import DIVERGED, DivergedError, leave, message_of, out_of_memory, told_elsewhere, which_rank
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe, only_language_models
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # launcher ends this one meanwhile. If it does not, the error is this one's alone.
             time.sleep(_GIVE_WAY_SECONDS)
         print(f"error{which_rank()}: {message_of(error)}", file=sys.stderr)
-        return 2
+        return DIVERGED if isinstance(error, DivergedError) else 2
     except (RuntimeError, MemoryError) as error:
         if os.environ.get("METATT_DEBUG"):
             raise
@@ -225,8 +226,9 @@ def _train(options: Namespace) -> int:
         return stop.exit_code
     form = {"full": "merged", "head_only": "merged", "loretta_adp": "metatt"}.get(recipe.adapter.kind, "lora")
     task = f" --task {next(iter(recipe.tasks))}" if recipe.tasks else ""
-    evaluate = "" if recipe.classifier else f"metatt-scale evaluate {run.folder}{task}, "
-    console.print(f"next: {evaluate}metatt-scale export {run.folder} --to {form}{task}", soft_wrap=True)
+    folder = shlex.quote(str(run.folder))
+    evaluate = "" if recipe.classifier else f"metatt-scale evaluate {folder}{task}, "
+    console.print(f"next: {evaluate}metatt-scale export {folder} --to {form}{task}", soft_wrap=True)
     return 0
 
 

@@ -8,6 +8,13 @@ import os
 import sys
 from typing import NoReturn
 
+DIVERGED = 3
+"""Exit code of a run whose loss was not finite any more: a result, which a study counts, where 2 is a mistake."""
+
+
+class DivergedError(ValueError):
+    """Training has come to no end that could be used."""
+
 
 def leave(code: int) -> NoReturn:
     """End this process as `sys.exit(code)` does, but let the operating system take the interpreter down.

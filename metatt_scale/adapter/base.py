@@ -194,6 +194,15 @@ class Adapter(nn.Module, ABC):
         """The task that all rows are of; None where every row may be of another."""
         return 0 if self.task is None and self.n_tasks == 1 else self.task
 
+    @contextlib.contextmanager
+    def choosing(self, task: int | None) -> Iterator[None]:
+        """Let all rows be of one task for a while."""
+        self.task = task
+        try:
+            yield
+        finally:
+            self.task = None
+
     def one_task(self) -> int:
         """Return the task that all rows are of, for what can only be had for one.
 

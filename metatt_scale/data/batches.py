@@ -64,7 +64,7 @@ class Mixture:
             if count < 1:
                 raise ValueError(
                     f"a data source with {len(members)} training examples and weight {weight} gives no example to an "
-                    "epoch; raise its `weight`, or leave the source out"
+                    "epoch; raise its `weight`, take less of it by data.validation_size, or leave the source out"
                 )
 
     @property

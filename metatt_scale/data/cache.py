@@ -151,7 +151,10 @@ def _tokenize(
     if not usable:
         reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
         where = f" with {source.where}{_first_fields(opened)}" if source.where else ""
-        raise ValueError(f"data source {source.path!r} holds no usable {recipe.format} record{where}{reason}")
+        raise ValueError(
+            f"data source {source.path!r} holds no usable {recipe.format} record{where}{reason}; "
+            "give a file that has some, or leave the source out"
+        )
     if not len(table):
         raise ValueError(
             f"none of the {usable} records of {source.path!r} has an answer left after cutting at "

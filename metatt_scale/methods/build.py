@@ -82,7 +82,8 @@ def build_adapter(
         recipe: with the adapter's section.
         world: the ranks; one process where absent.
         engine: what has sharded the model.
-        resumes: a checkpoint will fill it, so nothing is read from `adapter.start_from`, which may be gone by now.
+        resumes: a checkpoint will fill it, so no start is computed, or read from
+            `adapter.start_from`, which may be gone by now.
 
     Raises:
         ValueError: the adapter does not fit the model.
@@ -93,7 +94,7 @@ def build_adapter(
         adapter = make_alone(find(model, recipe.adapter), recipe, compute_dtype(model))
         adapter.attach(model)
         start = METHODS[recipe.adapter.kind].start
-        if start is not None:
+        if start is not None and not resumes:
             start(adapter, model, world or World(device=next(model.parameters()).device), engine)
     _train_head(model, recipe, adapter)
     if recipe.adapter.start_from is not None and not resumes:

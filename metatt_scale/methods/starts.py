@@ -6,7 +6,7 @@ Rank 0 computes and tells the others: an SVD on another machine may give other b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +32,28 @@ def start_at_weights(adapter: Adapter, model: PreTrainedModel, world: World, eng
     if not adapter.has_start:
         return
     found: dict[str, Tensor] = {}
+    failed: list[Exception] = []
     for placed, target in zip(adapter.linears, adapter.targets, strict=True):
         path, here = target.path, f"{target.path}.base_layer"
         with engine.gathered(model, here) if engine is not None else contextlib.nullcontext():
             plain = plain_linear(placed.base_layer, torch.float32) if world.is_first else None
         if plain is not None:  # while the others go on to the next gather and wait there
-            a_RI, b_OR = _factors(plain, adapter.recipe)
+            try:
+                a_RI, b_OR = _factors(plain, adapter.recipe)
+            except (RuntimeError, ValueError) as error:
+                failed.append(
+                    ValueError(f"adapter.init {adapter.recipe.init}: {path} cannot be factorised ({error})")
+                )
+                continue
             found |= {f"{path}.start_A": a_RI, f"{path}.start_B": b_OR}
-    adapter.start_at(world.from_first(_telling(found))[1])
+    adapter.start_at(world.from_first(lambda: _tell(found, failed))[1])
 
 
-def _telling(found: dict[str, Tensor]) -> Callable[[], tuple[None, dict[str, Tensor]]]:
-    return lambda: (None, found)
+def _tell(found: dict[str, Tensor], failed: Sequence[Exception]) -> tuple[None, dict[str, Tensor]]:
+    """Return what was found; what failed is told here, where the others listen, and not at a gather."""
+    if failed:
+        raise failed[0]
+    return None, found
 
 
 def _factors(plain: nn.Module, recipe: AdapterRecipe) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def _counts(numbers: dict[str, Any], recipe: Recipe) -> Table:
         table.add_row("sweeps", "", _sweeps(recipe.sweep))
     modules = f"{', '.join(name.split('*.')[-1] for name in numbers['projections'])}"
     table.add_row("adapted modules", f"{numbers['adapted_modules']:,}", modules)
-    for rank, count in numbers["lora_parameters"].items():
+    for rank, count in numbers["lora_parameters"].items() if numbers["lora_parameters"]["8"] else ():
         table.add_row(f"LoRA r={rank} instead", f"{count:,}", "")
     table.add_row("backbone parameters", f"{numbers['backbone_parameters']:,}", recipe.backbone.path)
     if recipe.classifier:

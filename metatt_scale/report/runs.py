@@ -119,9 +119,13 @@ def ranks_of(line: Mapping[str, Any]) -> list[int] | None:
 def of_last_ranks(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines with the ranks of the last one, among which a run has its best score.
 
-    A sweep changes the ranks, and a score of larger ones is no result of the small ones that a run ends with.
+    A sweep, and AdaLoRA, changes the ranks, and a score of larger ones is no result of those that a run ends with.
     """
-    return [line for line in evaluations if ranks_of(line) == ranks_of(evaluations[-1])]
+
+    def ranks(line: dict[str, Any]) -> tuple[Any, ...]:
+        return ranks_of(line), line.get("settled", True)
+
+    return [line for line in evaluations if ranks(line) == ranks(evaluations[-1])]
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -36,6 +36,7 @@ def is_loss(key: str) -> bool:
 
 
 def main_score(group: Group) -> str:
-    """Return what tells best how good a group is: a score, else the evaluation loss, else the training loss."""
+    """Return what tells best how good a group is: its headline, else another score, else a loss."""
     keys = score_keys([group])
-    return next((key for key in keys if not is_loss(key)), keys[0] if keys else "loss")
+    wanted = [group.runs[0].recipe.headline, *(key for key in keys if not is_loss(key)), *keys]
+    return next((key for key in wanted if key in keys), "loss")

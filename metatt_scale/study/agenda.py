@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from metatt_scale.study.results import Line, Results
 from metatt_scale.study.runs import OpenStudy, Run
+from metatt_scale.study.schema import Choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class Agenda:
     """Reported runs that wait for a choice."""
     chosen: dict[str, Line]
     """Per arm with all its trials: the line of results that records the choice."""
+    undecided: dict[str, str]
+    """Per arm that has nothing to choose from: why; its reported runs are never done."""
     finished: dict[str, tuple[Line, ...]]
     """Reported results of every arm, in the order of its seeds."""
 
@@ -33,6 +36,7 @@ def agenda_of(opened: OpenStudy, results: Results) -> Agenda:
     study, left, later = opened.study, [], 0
     chosen: dict[str, Line] = {}
     finished: dict[str, tuple[Line, ...]] = {}
+    undecided: dict[str, str] = {}
     for arm in opened.arms:
         if study.choose:
             trials = [
@@ -44,13 +48,17 @@ def agenda_of(opened: OpenStudy, results: Results) -> Agenda:
                 later += len(study.seeds)
                 finished[arm] = ()
                 continue
-            chosen[arm] = _choose(opened, arm, [line for run in trials if (line := results.of(run))])
+            choice = _choose(opened, arm, [line for run in trials if (line := results.of(run))])
+            if choice is None:
+                undecided[arm], finished[arm] = _nothing_finite(arm, study.choose), ()
+                continue
+            chosen[arm] = choice
         runs = [opened.reported(arm, chosen[arm]["chosen"] if study.choose else None, seed) for seed in study.seeds]
         done = [run for run in runs if results.has(run, opened.numbers(run))]
         left += [run for run in runs if run not in done]
         finished[arm] = tuple(line for run in done if (line := results.of(run)))
     left.sort(key=lambda run: (run.tried is None, study.seeds.index(run.seed) if run.tried is None else 0))
-    return Agenda(left=tuple(left), later=later, chosen=chosen, finished=finished)
+    return Agenda(left=tuple(left), later=later, chosen=chosen, undecided=undecided, finished=finished)
 
 
 def unused(opened: OpenStudy, results: Results) -> int:
@@ -61,8 +69,15 @@ def unused(opened: OpenStudy, results: Results) -> int:
     return results.unused([*known, *trials])
 
 
-def _choose(opened: OpenStudy, arm: str, trials: list[Line]) -> Line:
-    """Return the choice that an arm's trials lead to; of equal ones the first."""
+def _nothing_finite(arm: str, choose: Choose) -> str:
+    return (
+        f"arm {arm}: {choose.by} was finite with no value of {choose.key} in all of its trials; try others in "
+        "`choose.values`"
+    )
+
+
+def _choose(opened: OpenStudy, arm: str, trials: list[Line]) -> Line | None:
+    """Return the choice that an arm's trials lead to, of equal ones the first; None where no value has a mean."""
     choose = opened.study.choose
     assert choose is not None
     means: dict[str, float | None] = {}
@@ -71,8 +86,6 @@ def _choose(opened: OpenStudy, arm: str, trials: list[Line]) -> Line:
         means[tried] = None if None in values else statistics.fmean(values)
     finite = {tried: mean for tried, mean in means.items() if mean is not None}
     if not finite:
-        raise ValueError(
-            f"arm {arm}: {choose.by} was not finite in any trial of {choose.key}; try other values in `choose.values`"
-        )
+        return None
     best = (max if opened.prefers_more(arm, choose.by) else min)(finite, key=lambda tried: finite[tried])
     return {"arm": arm, "chosen": best, "by": choose.by, "means": means}

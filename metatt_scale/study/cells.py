@@ -36,6 +36,15 @@ def values(lines: Sequence[Line], name: str, which: str) -> list[float]:
     return [math.nan if value is None else float(value) for value in values]
 
 
+def parameters(lines: Iterable[Line]) -> str:
+    """Return how many thousands of values were trained, those of a head apart."""
+    return distinct(_thousands(line["trainable_parameters"], line.get("head_parameters", 0)) for line in lines)
+
+
+def _thousands(own: int, head: int) -> str:
+    return f"{own / 1000:.4g}" + (f" + head {head / 1000:.4g}" if head else "")
+
+
 def distinct(values: Iterable[Any]) -> str:
     """Return what all seeds share, or everything that occurs (adaptive ranks may differ)."""
     return " / ".join(dict.fromkeys(map(str, values)))

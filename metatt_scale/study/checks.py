@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metatt_scale.recipe import STEP_NUMBERS, DataRecipe, Recipe, RecipeError
+from metatt_scale.recipe import STEP_NUMBERS, DataSource, Recipe, RecipeError
 from metatt_scale.study.runs import OWN_KEYS, OpenStudy, Run, resolve
 from metatt_scale.study.schema import HEADLINE
 
@@ -93,7 +93,8 @@ def _check_directions(opened: OpenStudy, path: Path) -> None:
     """Refuse a direction of what is neither reported nor chosen by: a mistyped name would turn a table around."""
     choose, names = opened.study.choose, opened.study.score.names
     used = {*names, *([choose.by] if choose else [])}
-    used |= {opened.headline(arm) for arm in opened.arms} if HEADLINE in used else set()
+    if HEADLINE in used:
+        used = {*(used - {HEADLINE}), *(opened.headline(arm) for arm in opened.arms)}
     for name in opened.study.score.higher_is_better:
         if name not in used:
             raise RecipeError(
@@ -107,7 +108,8 @@ def _check_apart(opened: OpenStudy, trial: Recipe, reported: Run, path: Path) ->
     if not opened.study.score.metrics:
         return
     scored = resolve(reported.recipe, reported.overrides).data
-    if scored.validation_size or _places(scored) & _places(trial.data):
+    judged_on = trial.data.train if trial.data.validation_size else trial.data.validation
+    if scored.validation_size or any(_meet(one, other) for one in scored.validation for other in judged_on):
         what = "records split off data.train" if scored.validation_size else "the records of data.validation"
         remedy = (
             "name files of their own under data.validation"
@@ -120,9 +122,15 @@ def _check_apart(opened: OpenStudy, trial: Recipe, reported: Run, path: Path) ->
         )
 
 
-def _places(data: DataRecipe) -> set[tuple[Path, str]]:
-    """Return where the validation records come from, however it is spelt: a file has no splits, a hub id has."""
-    paths = ((Path(source.path).expanduser().resolve(), source.split) for source in data.validation)
-    return {
-        (path, "" if path.suffix in (".json", ".jsonl", ".gz") or path.exists() else split) for path, split in paths
-    }
+def _meet(one: DataSource, other: DataSource) -> bool:
+    """Return whether two sources may share records, however they are spelt: a file has no splits, a hub id has."""
+    places = [Path(source.path).expanduser().resolve() for source in (one, other)]
+    if any(path.suffix in (".json", ".jsonl", ".gz") or path.exists() for path in places):
+        first, second = places
+        return first == second or first in second.parents or second in first.parents
+    return places[0] == places[1] and one.subset == other.subset and bool(_splits(one) & _splits(other))
+
+
+def _splits(source: DataSource) -> set[str]:
+    """Return the names of the splits that are read, be it in part (`train[:50%]+test`)."""
+    return {part.partition("[")[0].strip() for part in source.split.split("+")}

@@ -9,7 +9,16 @@ from typing import Any
 
 from metatt_scale.study import cells
 from metatt_scale.study.agenda import Agenda
-from metatt_scale.study.cells import comparison, distinct, markdown_table, marks_of, provenance, values, with_error
+from metatt_scale.study.cells import (
+    comparison,
+    distinct,
+    markdown_table,
+    marks_of,
+    parameters,
+    provenance,
+    values,
+    with_error,
+)
 from metatt_scale.study.results import Line
 from metatt_scale.study.runs import OpenStudy
 from metatt_scale.study.schema import HEADLINE, MEAN
@@ -103,7 +112,12 @@ def as_csv(opened: OpenStudy, agenda: Agenda) -> str:
 
 def _record(grid: _Grid, row: str) -> dict[str, Any]:
     score = grid.opened.study.score
-    record: dict[str, Any] = {"arm": row, "trainable_parameters": distinct(_parameters(grid, row))}
+    lines = [line for column in grid.columns for line in grid.lines(row, column)]
+    record: dict[str, Any] = {
+        "arm": row,
+        "trainable_parameters": distinct(line["trainable_parameters"] for line in lines),
+        "head_parameters": distinct(line.get("head_parameters", 0) for line in lines),
+    }
     for column in (*grid.columns, *([MEAN] if len(grid.columns) > 1 else [])):
         if column != MEAN:
             if grid.opened.study.choose:
@@ -123,7 +137,7 @@ _UNKNOWN = Mean(n=0, mean=math.nan, stderr=math.nan, half_width=math.nan)
 
 def _table(grid: _Grid, name: str, which: str) -> str:
     columns = (*grid.columns, MEAN) if grid.has_mean(name) else grid.columns
-    rows = [[row, distinct(f"{count / 1000:.4g}" for count in _parameters(grid, row))] for row in grid.rows]
+    rows = [[row, parameters(it for column in grid.columns for it in grid.lines(row, column))] for row in grid.rows]
     for column in columns:
         means = {row: mean for row in grid.rows if (mean := grid.mean(row, column, name, which))}
         marks = marks_of({row: mean.mean for row, mean in means.items()}, grid.prefers_more(column, name))
@@ -150,10 +164,6 @@ def _choices(grid: _Grid) -> str:
 def _chosen(grid: _Grid, row: str, column: str) -> str:
     choice = grid.agenda.chosen.get(f"{row}@{column}")
     return choice["chosen"] if choice else ""
-
-
-def _parameters(grid: _Grid, row: str) -> list[int]:
-    return [line["trainable_parameters"] for column in grid.columns for line in grid.lines(row, column)]
 
 
 def _comparisons(grid: _Grid) -> list[str]:

@@ -17,11 +17,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from metatt_scale.ending import DIVERGED
 from metatt_scale.files import write_text
 from metatt_scale.study.agenda import Agenda, agenda_of, unused
 from metatt_scale.study.children import Child, MakeCommands, commands_of, read_machine, seconds_spent
 from metatt_scale.study.opening import open_study
-from metatt_scale.study.outcome import collect
+from metatt_scale.study.outcome import collect, diverged
 from metatt_scale.study.results import Results
 from metatt_scale.study.runs import OpenStudy, Run
 
@@ -106,7 +107,7 @@ class _Invocation:
     def work(self, machine: Callable[[], dict[str, Any]]) -> int:
         """Run until nothing is left, the time is up, or a signal comes; return the exit code."""
         if not self._agenda.left:
-            return 0
+            return 1 if self._agenda.undecided else 0
         self._machine = machine()
         with self._signals():
             try:
@@ -123,7 +124,7 @@ class _Invocation:
         self._take_leave()
         if self._signal and self._signal != signal.SIGUSR1:  # which means a time limit, no failure
             return 128 + self._signal
-        return 1 if self._failed else 0
+        return 1 if self._failed or self._agenda.undecided else 0
 
     # ---- runs
 
@@ -161,6 +162,9 @@ class _Invocation:
             self._children.remove(child)
             if code == 0:
                 self._record(child)
+            elif code == DIVERGED:
+                print(f"{child.run.label} diverged, which counts as worst:\n{child.last_words()}", file=sys.stderr)
+                self._append(child.run, diverged(self._opened, child.run, child.seconds, self._machine))
             elif not (self._stopping and code in _STOPPED):
                 self._fail(child, f"ended with code {code}")
 
@@ -171,6 +175,9 @@ class _Invocation:
         except (ValueError, OSError, KeyError) as error:
             self._fail(child, f"has no result: {error}")
             return
+        self._append(run, line)
+
+    def _append(self, run: Run, line: dict[str, Any]) -> None:
         self._results.append(line)
         self._agenda = agenda_of(self._opened, self._results)
         for arm, choice in self._agenda.chosen.items():
@@ -221,6 +228,8 @@ class _Invocation:
         return f"{n} left, about {_duration(left)}" if n else "none left"
 
     def _take_leave(self) -> None:
+        for why in self._agenda.undecided.values():
+            self._console.print(why, style="yellow")
         if n := len(self._agenda.left) + self._agenda.later:
             self._console.print(f"{_runs(n)} left; the same command goes on with them", style="yellow")
 

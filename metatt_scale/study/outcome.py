@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,13 @@ _ADAPTER, _METRICS, _SCORES = "adapter/metatt.json", "metrics.jsonl", "results.j
 class _AdapterForm(Form):
     recipe: dict[str, Any]
     trainable_parameters: int
+    head_parameters: int = 0
     ranks: list[int] | None = None
 
 
 class _EvaluationForm(Form):
     ranks: list[int] | None = None
+    settled: bool = True
     __pydantic_extra__: dict[str, Number | None] = Field(init=False)  # type: ignore[assignment]
 
 
@@ -71,6 +73,24 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
             f"{run.folder / _METRICS} has no {', '.join(missing)}; it has {', '.join(scores) or 'no evaluations'}. "
             "Name one of these in the study file, or give the recipe validation records"
         )
+    ranks = (ranks_of(evaluations[-1]) if evaluations else None) or description.get("ranks") or []  # of a chain
+    return _line(run, scores, seconds, description, ranks, machine)
+
+
+def diverged(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of a run that came to no usable end: its numbers are not finite, which is worse than any."""
+    nothing = {"last": None, "best": None, "per_epoch": []}
+    return _line(run, dict.fromkeys(opened.numbers(run), nothing), seconds, {}, [], machine)
+
+
+def _line(
+    run: Run,
+    scores: dict[str, Any],
+    seconds: float,
+    description: Mapping[str, Any],
+    ranks: list[int],
+    machine: dict[str, Any],
+) -> dict[str, Any]:
     return {
         "arm": run.arm,
         "seed": run.seed,
@@ -79,8 +99,9 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
         "overrides": list(run.overrides),
         "scores": scores,
         "seconds": round(seconds, 1),
-        "trainable_parameters": description["trainable_parameters"],
-        "ranks": (ranks_of(evaluations[-1]) if evaluations else None) or description.get("ranks") or [],  # of a chain
+        "trainable_parameters": description.get("trainable_parameters", 0),
+        "head_parameters": description.get("head_parameters", 0),
+        "ranks": ranks,
         **machine,
     }
 
@@ -119,7 +140,8 @@ def _evaluations(run: Run, score: Score) -> list[dict[str, Any]]:
             told = parse_object(line)
             found = {key: value for key, value in told.items() if _is_number(key, score)}
             if found:
-                evaluations.append(_EvaluationForm(ranks=told.get("ranks"), **found).model_dump())
+                about = {key: told[key] for key in ("ranks", "settled") if key in told}
+                evaluations.append(_EvaluationForm(**about, **found).model_dump())
     return evaluations
 
 

@@ -31,6 +31,7 @@ class _RunForm(Form):
     scores: dict[str, _ScoreForm]
     seconds: Number
     trainable_parameters: int
+    head_parameters: int = 0
     ranks: list[int]
     git_commit: str | None = None
 

@@ -79,8 +79,7 @@ class OpenStudy:
 
     def prefers_more(self, arm: str, name: str) -> bool:
         """Return whether more of a number is better for an arm."""
-        higher = self.study.score.higher_is_better
-        return self.study.score.prefers_more(self.headline(arm) if name == HEADLINE and name not in higher else name)
+        return self.study.score.prefers_more(self.headline(arm) if name == HEADLINE else name)
 
     def numbers(self, run: Run) -> tuple[str, ...]:
         """Return the numbers that a run must have to count as finished."""
@@ -124,7 +123,10 @@ def resolve(recipe: Path, overrides: tuple[str, ...]) -> Recipe:
 
 
 def digest_of(recipe: Recipe) -> str:
-    """Return by what a definition is recognised: it stays as new keys with defaults come to the schema."""
+    """Return by what a definition is recognised: it stays as new keys with defaults come to the schema.
+
+    A default that changes would leave it as it is too: tests/unit/test_defaults.py holds them.
+    """
     decides = recipe.model_dump(mode="json", exclude=_FREE, exclude_defaults=True)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from metatt_scale.study import cells
@@ -12,7 +12,7 @@ from metatt_scale.study.cells import (
     distinct,
     markdown_table,
     marks_of,
-    number,
+    parameters,
     provenance,
     values,
     width,
@@ -20,13 +20,14 @@ from metatt_scale.study.cells import (
 )
 from metatt_scale.study.results import Line
 from metatt_scale.study.runs import OpenStudy
-from metatt_scale.study.statistics import mean_of
+from metatt_scale.study.statistics import Mean, mean_of
 
+_Marks = dict[str, dict[str, str]]
 _LEGEND = (
     "Mean over seeds of the last evaluation ± standard error, and half-width of its 95 % interval (Student's t).\n"
-    "The columns `best` are means of each run's best evaluation among those with the ranks of its last one (the\n"
-    "`ranks at the end`), the paper's per-trial maximum: chosen on the very records it is reported on, it is too\n"
-    "good by nature. Best arm **bold**, second _italic_."
+    "The columns `best` are means of each run's best evaluation, for each number by itself, among those with the\n"
+    "ranks of its last one (the `ranks at the end`), the paper's per-trial maximum: chosen on the very records it\n"
+    "is reported on, it is too good by nature. Best arm **bold**, second _italic_."
 )
 
 
@@ -56,6 +57,7 @@ def as_csv(opened: OpenStudy, agenda: Agenda) -> str:
         if opened.study.choose:
             row["chosen"] = agenda.chosen[arm]["chosen"]
         row["trainable_parameters"] = distinct(line["trainable_parameters"] for line in lines)
+        row["head_parameters"] = distinct(line.get("head_parameters", 0) for line in lines)
         row["ranks"] = distinct(" ".join(map(str, line["ranks"])) for line in lines)
         row["seeds"] = " ".join(str(line["seed"]) for line in lines)
         for name in opened.study.score.names:
@@ -74,26 +76,33 @@ def _arms(agenda: Agenda) -> Iterable[tuple[str, tuple[Line, ...]]]:
 def _facts(opened: OpenStudy, agenda: Agenda, arm: str) -> list[str]:
     lines = agenda.finished[arm]
     chosen = [agenda.chosen[arm]["chosen"].partition("=")[2]] if opened.study.choose else []
-    parameters = distinct(f"{line['trainable_parameters'] / 1000:.4g}" for line in lines)
     ranks = distinct(" ".join(map(str, line["ranks"])) for line in lines)
     planned = len(opened.study.seeds)
-    return [arm, *chosen, parameters, ranks, f"{len(lines)}" + (f" of {planned}" if len(lines) < planned else "")]
+    seeds = f"{len(lines)}" + (f" of {planned}" if len(lines) < planned else "")
+    return [arm, *chosen, parameters(lines), ranks, seeds]
 
 
-def _cells(opened: OpenStudy, lines: Sequence[Line], arm: str, marks: dict[str, dict[str, str]]) -> list[str]:
+def _cells(opened: OpenStudy, lines: Sequence[Line], arm: str, marks: Mapping[str, _Marks]) -> list[str]:
     row: list[str] = []
     for name in opened.study.score.names:
-        mean, mark = mean_of(values(lines, name, "last")), marks[name].get(arm, "")
-        row += [f"{mark}{with_error(mean)}{mark}", width(mean)]
+        mean = mean_of(values(lines, name, "last"))
+        row += [_marked(mean, marks[name]["last"].get(arm, "")), width(mean)]
         if name in opened.study.score.metrics:
-            row.append(number(mean_of(values(lines, name, "best")).mean))
+            row.append(_marked(mean_of(values(lines, name, "best")), marks[name]["best"].get(arm, "")))
     return row
 
 
-def _marks(opened: OpenStudy, agenda: Agenda, name: str) -> dict[str, str]:
-    """Return how the two best arms are marked."""
-    means = {arm: mean_of(values(lines, name, "last")).mean for arm, lines in _arms(agenda)}
-    return marks_of(means, opened.prefers_more(next(iter(means)), name))
+def _marked(mean: Mean, mark: str) -> str:
+    return f"{mark}{with_error(mean)}{mark}"
+
+
+def _marks(opened: OpenStudy, agenda: Agenda, name: str) -> _Marks:
+    """Return how the two best arms are marked, by their last and by their best evaluations."""
+    marks = {}
+    for which in ("last", "best"):
+        means = {arm: mean_of(values(lines, name, which)).mean for arm, lines in _arms(agenda)}
+        marks[which] = marks_of(means, opened.prefers_more(next(iter(means)), name))
+    return marks
 
 
 def _comparisons(opened: OpenStudy, agenda: Agenda) -> list[str]:

@@ -300,6 +300,8 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
     for key in [*wanted, *(key for key in saved if key not in wanted)]:
         dotted = f"{prefix}{key}"
         old, new = saved.get(key), wanted.get(key)
+        if dotted == "tasks" and old == new and list(old or ()) != list(new or ()):
+            result.append(f"tasks were in the order {', '.join(old or ())}, are in {', '.join(new or ())}")
         if dotted in _FREE or old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter import Adapter
 from metatt_scale.data import PreparedData
+from metatt_scale.ending import DivergedError
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.checkpoint import RunState, list_checkpoints
 from metatt_scale.training.sweep_plan import plan_sweeps
@@ -79,20 +80,20 @@ def check_scores(recipe: Recipe, data: PreparedData) -> None:
 def check_result(adapter: Adapter, progress: RunState) -> None:
     """Refuse to hand over an adapter that learned nothing or is not finite."""
     if progress.target_tokens == 0:
-        raise ValueError(
+        raise DivergedError(
             f"all {progress.step} steps were skipped because loss or gradient was not finite; lower "
             "training.learning_rate or adapter.alpha and use another output_dir"
         )
     if not all(bool(torch.isfinite(value).all()) for value in adapter.trained().values()):
-        raise ValueError(
+        raise DivergedError(
             "training ended with parameters that are not finite; lower training.learning_rate or "
             "training.weight_decay and use another output_dir"
         )
 
 
-def why_hopeless(progress: RunState, folder: Path) -> ValueError:
+def why_hopeless(progress: RunState, folder: Path) -> DivergedError:
     """Return what is to be said where no step succeeds any more."""
-    return ValueError(
+    return DivergedError(
         f"stopped at step {progress.step}: loss or gradient was not finite {progress.skipped_in_a_row} times in a "
         f"row (training.max_nonfinite_steps); the last good values are in {folder}/checkpoints; lower "
         "training.learning_rate or adapter.alpha, or look at the records of these steps"

@@ -81,10 +81,9 @@ class Trainer:
         self.total_steps = training.steps(self.order.steps_per_epoch)
         self.sweeps = plan_sweeps(self.recipe, self.order.steps_per_epoch, self.total_steps)
         self.signals = SignalCatcher()
-        self.stop_signal: int | None = None  # received by any rank, known to all since a step was read
-        self.adapter.task = 0 if self.recipe.tasks else None  # of the rows the model is tried with
-        self.objective = make_objective(self.recipe, self.model, self.world, self.console)
-        self.adapter.task = None
+        self.stop_signal: int | None = None  # of any rank's, known to all since a step was read
+        with self.adapter.choosing(0 if self.recipe.tasks else None):  # for the rows the model is tried with
+            self.objective = make_objective(self.recipe, self.model, self.world, self.console)
         self.adapter.begin(self.total_steps)
         self.adapter.pull_back()  # nothing: the trials had no gradients; but forget what they folded
         self._launched: deque[_Launched] = deque()
@@ -278,6 +277,7 @@ class Trainer:
         if self._due(self.recipe.training.eval_every) and self.data.validation is not None:
             scores = self.evaluate()
             self._judge(scores)
+            report |= {} if self.adapter.settled else {"settled": False}
             report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
             if lost := forgetting(self.recipe, self.progress.tasks_before, self.progress.start_scores, scores):
                 report["forgetting"] = lost

@@ -88,10 +88,9 @@ def evaluate_tasks(
     assert table.tasks is not None
     scores = {}
     for task, name in enumerate(tasks):
-        adapter.task = task
         own = indices[table.tasks[indices] == task]
-        scores[name] = objective.evaluate(batches(table, own), objective.denominator(table, own), task)
-    adapter.task = None
+        with adapter.choosing(task):
+            scores[name] = objective.evaluate(batches(table, own), objective.denominator(table, own), task)
     return objective.together(scores)
 
 

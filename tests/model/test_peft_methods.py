@@ -15,6 +15,7 @@ from metatt_scale.export import export
 from metatt_scale.methods import build_adapter, find, make_alone
 from metatt_scale.recipe import BackboneRecipe, RecipeError
 from metatt_scale.reopen import reopen
+from metatt_scale.report.runs import of_last_ranks
 from metatt_scale.training import TrainingStopped, loop, train
 from metatt_scale.training.optimizer import learning_rate
 from tests.methods import recipe_of as plain_recipe
@@ -247,14 +248,20 @@ def penalty_of(model):
 # ---- AdaLoRA's allocation
 
 
-def test_no_evaluation_above_the_final_rank_is_the_best(tmp_path):
+def test_no_evaluation_above_the_final_rank_is_the_best(tmp_path, monkeypatch):
     trainer = make_trainer(recipe_of(tmp_path, "adalora", training={"max_steps": 6}))
     trainer.adapter.begin(6)
-    trainer._judge({"eval_loss": 0.1})
+    monkeypatch.setattr(trainer, "_due", lambda every: True)
+    reports: list[dict] = [{}, {}]
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_loss": 0.1})
+    trainer._evaluate_if_due(reports[0])
     assert trainer.progress.best_step is None and not trainer.best
     trainer.adapter.stepped(6, torch.tensor(True))
-    trainer._judge({"eval_loss": 0.2})
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_loss": 0.2})
+    trainer._evaluate_if_due(reports[1])
     assert trainer.progress.best_loss == 0.2 and trainer.best
+    assert reports == [{"eval_loss": 0.1, "settled": False}, {"eval_loss": 0.2}]
+    assert of_last_ranks(reports) == reports[1:], "nor in tables and reports"
 
 
 def test_a_step_that_is_not_finite_allocates_nothing(tmp_path):

@@ -89,6 +89,28 @@ BAD = {
         {"choose": {**CHOOSE, "overrides": ["data.validation=[{path: ./x/../validation.json, split: test}]"]}},
         "on the records of data.validation, which are also reported",
     ),
+    "choice on a part of what is reported": (
+        {"choose": {**CHOOSE, "overrides": ["data.train=[{path: validation.json}]", *CHOOSE["overrides"]]}},
+        "on the records of data.validation, which are also reported",
+    ),
+    "choice on the folder of what is reported": (
+        {"choose": {**CHOOSE, "overrides": ["data.validation=[{path: .}]"]}},
+        "on the records of data.validation, which are also reported",
+    ),
+    "choice on half of a split that is reported": (
+        {
+            "base": ["data.validation=[{path: a/b, subset: c, split: validation}]"],
+            "choose": {
+                **CHOOSE,
+                "overrides": ["data.validation=[{path: a/b, subset: c, split: 'train+validation[:9]'}]"],
+            },
+        },
+        "on the records of data.validation, which are also reported",
+    ),
+    "direction of the headline": (
+        {"score": {"metrics": ["headline"], "higher_is_better": {"headline": False}}},
+        "`score.higher_is_better` names headline, which is neither reported nor chosen by; these are eval_accuracy",
+    ),
     "choice beside a split": (
         {"choose": CHOOSE, "base": ["data.validation=[]", "data.validation_size=9"]},
         "on records split off data.train, which are also reported; name files of their own",
