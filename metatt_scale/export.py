@@ -24,7 +24,7 @@ from metatt_scale.backbone import last_linear
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
 from metatt_scale.methods import read_alone
-from metatt_scale.recipe import INNER_BONDS, Recipe
+from metatt_scale.recipe import INNER_BONDS, Recipe, label_rows
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder, task_index
 
 _MARKER = "metatt_export.json"
@@ -114,13 +114,8 @@ def head_of_task(head: Mapping[str, Tensor], recipe: Recipe, task: int | None) -
     """Return the tensors of a head, of its last linear only the rows of one task (all where none is given)."""
     if task is None:
         return dict(head)
-    widths = [labels.labels or 0 for labels in recipe.label_sets.values()]
-    first, width = sum(widths[:task]), widths[task]
-    last = last_linear(head)
-    return {
-        name: value[first : first + width].clone() if name.rpartition(".")[0] == last else value
-        for name, value in head.items()
-    }
+    own, last = list(label_rows(recipe.label_sets).values())[task], last_linear(head)
+    return {name: value[own].clone() if name.rpartition(".")[0] == last else value for name, value in head.items()}
 
 
 def _keep_labels(model: PreTrainedModel, recipe: Recipe, task: int) -> None:

@@ -119,9 +119,9 @@ class Adapter(nn.Module, ABC):
                 if name in values:
                     place.copy_(values[name])
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return the form of the adapter, as JSON can hold it: with `tensors` enough to make it again."""
+        """Return what makes the adapter again, beside the recipe and its tensors, as JSON can hold it."""
+        return {"alpha": self.alpha}
 
     @abstractmethod
     def summary(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,3 @@ class LinearAdapter(Adapter):
     def cast(self, index: int, name: str) -> Tensor:
         """Return a parameter of one target in the type that the model computes in."""
         return self.leaf(index, name).to(self.compute_dtype)
-
-    def describe(self) -> dict[str, Any]:
-        """Return alpha; the recipe beside it has the rest."""
-        return {"alpha": self.alpha}

@@ -20,7 +20,7 @@ from metatt_scale.adapter import (
     trained_head,
 )
 from metatt_scale.backbone import head_tensors, last_linear
-from metatt_scale.recipe import INNER_BONDS, Recipe, validate
+from metatt_scale.recipe import INNER_BONDS, Recipe, label_rows, validate
 
 
 def known_tasks(recipe: Recipe) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def _take_head(
     """Copy what the old head has for the tasks of both runs; a new task keeps the random start of its rows."""
     parameters: dict[str, Any] = dict(model.named_parameters())
     own = head_tensors(model) if adapter.head is None else adapter.head.named("")
-    ours, theirs, last = _rows(recipe), _rows(before), last_linear(old)
+    ours, theirs, last = label_rows(recipe.label_sets), label_rows(before.label_sets), last_linear(old)
     for name, value in old.items():
         place = parameters[name] if adapter.head is None else own[name]
         if hasattr(place, "full_tensor") or hasattr(place, "ds_id"):
@@ -92,12 +92,3 @@ def _take_head(
                 counts = f"{len(value[theirs[task]])} there and {len(place[ours[task]])} here"
                 raise ValueError(f"{f'task {task!r}' if task else 'the head'} has other labels: {counts}")
             place[ours[task]] = value[theirs[task]].to(place)
-
-
-def _rows(recipe: Recipe) -> dict[str, slice]:
-    """Return which rows of the head's last linear are each task's."""
-    rows, start = {}, 0
-    for task, labels in recipe.label_sets.items():
-        rows[task] = slice(start, start + (labels.labels or 0))
-        start += labels.labels or 0
-    return rows

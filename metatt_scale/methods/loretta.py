@@ -30,6 +30,7 @@ from metatt_scale.adapter import LinearAdapter, LoraPair, TargetMap, find_target
 from metatt_scale.adapter.leaves import Leaves, normal
 from metatt_scale.adapter.targets import is_linear, widths
 from metatt_scale.recipe import AdapterRecipe, Recipe
+from metatt_scale.recipe.adapter import initial_rank
 from metatt_scale.tensor import materialise
 
 LARGEST_FACTOR = 12
@@ -98,9 +99,7 @@ class LorettaRep(_FoldedMatrices):
     """LoRA whose two matrices are chains."""
 
     def __init__(self, target_map: TargetMap, recipe: Recipe, dtype: torch.dtype) -> None:
-        rank = recipe.adapter.rank
-        assert isinstance(rank, int), "the recipe checks this"
-        self.rank = rank
+        self.rank = rank = initial_rank(recipe.adapter)
         super().__init__(target_map, recipe, dtype, [((t.d_in, rank), (rank, t.d_out)) for t in target_map.targets])
 
     def summary(self) -> str:

@@ -19,14 +19,15 @@ from torch import Tensor
 from metatt_scale.adapter import LinearAdapter, LoraPair, TargetMap
 from metatt_scale.adapter.leaves import Leaves, like_linear, normal
 from metatt_scale.recipe import Recipe
+from metatt_scale.recipe.adapter import initial_rank
 
 
 class MoeLora(LinearAdapter):
     """The parameters `A`, `B`, `tasks` (E) and `gate` (G) of every target."""
 
     def __init__(self, target_map: TargetMap, recipe: Recipe, dtype: torch.dtype) -> None:
-        settings, rank, self.n_tasks = recipe.adapter.moe_lora, recipe.adapter.rank, len(recipe.tasks) or 1
-        assert isinstance(rank, int) and rank % settings.experts == 0, "the recipe checks this"
+        settings, rank, self.n_tasks = recipe.adapter.moe_lora, initial_rank(recipe.adapter), len(recipe.tasks) or 1
+        assert rank % settings.experts == 0, "the recipe checks this"
         start = {}
         for target in target_map.targets:
             a, e, g = (f"{target.path}.{name}" for name in ("A", "tasks", "gate"))

@@ -17,14 +17,14 @@ from torch import Tensor
 from metatt_scale.adapter import LinearAdapter, LoraPair, TargetMap
 from metatt_scale.adapter.leaves import Leaves, like_linear, normal
 from metatt_scale.recipe import Recipe
+from metatt_scale.recipe.adapter import initial_rank
 
 
 class MtlLora(LinearAdapter):
     """The parameters `A`, `tasks` (Lambda), `B` and `weights` (w) of every target."""
 
     def __init__(self, target_map: TargetMap, recipe: Recipe, dtype: torch.dtype) -> None:
-        settings, rank, self.n_tasks = recipe.adapter.mtl_lora, recipe.adapter.rank, len(recipe.tasks) or 1
-        assert isinstance(rank, int), "the recipe checks this"
+        settings, rank, self.n_tasks = recipe.adapter.mtl_lora, initial_rank(recipe.adapter), len(recipe.tasks) or 1
         start = {}
         for target in target_map.targets:
             a, w = f"{target.path}.A", f"{target.path}.weights"

@@ -126,10 +126,6 @@ class PeftAdapter(Adapter):
         """Return A (r x input) and B (output x r) of one target, alpha left out, from the adapter's tensors."""
         return tensors[f"{target.path}.lora_A"], tensors[f"{target.path}.lora_B"]
 
-    def describe(self) -> dict[str, Any]:
-        """Return alpha; the recipe beside it has the rest."""
-        return {"alpha": self.alpha}
-
     def summary(self) -> str:
         """Return kind and rank for a person."""
         start = f", {self.recipe.init}" if self.recipe.init else ""

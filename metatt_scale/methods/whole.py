@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +36,6 @@ class HeadOnly(Adapter):
     def deltas(self) -> Iterator[Tensor]:
         """Yield nothing: no weight but the head's has changed."""
         return iter(())
-
-    def describe(self) -> dict[str, Any]:
-        """Return that nothing is scaled."""
-        return {"alpha": self.alpha}
 
     def summary(self) -> str:
         """Return what trains."""
@@ -78,10 +73,6 @@ class Full(Adapter):
             "by a run of another kind, with --zero-shot"
         )
         yield
-
-    def describe(self) -> dict[str, Any]:
-        """Return that nothing is scaled."""
-        return {"alpha": self.alpha}
 
     def summary(self) -> str:
         """Return what trains."""

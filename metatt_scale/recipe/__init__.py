@@ -14,7 +14,7 @@ from metatt_scale.recipe.schema import (
     only_chains,
     only_language_models,
 )
-from metatt_scale.recipe.scores import STEP_NUMBERS, task_headline
+from metatt_scale.recipe.scores import STEP_NUMBERS, label_rows, task_headline
 from metatt_scale.recipe.sweep import SweepRecipe
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "TrainingRecipe",
     "check",
     "dump_recipe",
+    "label_rows",
     "load_recipe",
     "only_chains",
     "only_language_models",

@@ -38,6 +38,14 @@ def evaluation_keys(label_sets: LabelSets, tasks: tuple[str, ...]) -> tuple[str,
     return tuple(dict.fromkeys((*together, *own)))
 
 
+def label_rows(label_sets: LabelSets) -> dict[str, slice]:
+    """Return which outputs of the head are each task's: they stand side by side, in the order of the tasks."""
+    rows, start = {}, 0
+    for task, labels in label_sets.items():
+        rows[task] = slice(start, start := start + (labels.labels or 0))
+    return rows
+
+
 def _scores(label_sets: LabelSets, task: str) -> tuple[str, ...]:
     return label_sets[task].scores if label_sets else ()
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from metatt_scale.data import IGNORE, Batch, TokenTable
 from metatt_scale.device import to_device
 from metatt_scale.parallel import World
-from metatt_scale.recipe import Labels
+from metatt_scale.recipe import Labels, label_rows
 from metatt_scale.training.class_scores import class_scores, number_scores
 
 
@@ -109,10 +109,10 @@ class Classifier:
     @cached_property
     def _columns(self) -> tuple[Tensor, Tensor]:
         """Which columns are a task's (T, K), and its first one (T,)."""
-        widths_T = torch.tensor([labels.labels for labels in self.labels.values()])
-        first_T = widths_T.cumsum(0) - widths_T
-        columns_K = torch.arange(int(widths_T.sum()))
-        return (first_T[:, None] <= columns_K) & (columns_K < (first_T + widths_T)[:, None]), first_T
+        rows = label_rows(self.labels).values()
+        first_T, behind_T = torch.tensor([[own.start, own.stop] for own in rows]).T
+        columns_K = torch.arange(int(behind_T[-1]))
+        return (first_T[:, None] <= columns_K) & (columns_K < behind_T[:, None]), first_T
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], denominator: int, task: int = 0) -> dict[str, float]:
