@@ -14,7 +14,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale.adapter import Adapter, adapter_folder, read_description
-from metatt_scale.backbone import Engine, identity, load_backbone, load_tokenizer, pick_device
+from metatt_scale.backbone import Engine, identity, is_other, load_backbone, load_tokenizer, pick_device
 from metatt_scale.methods import reload_adapter
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training import TrainedRun
@@ -115,6 +115,10 @@ def reopen(
     """
     folder = adapter_folder(path)
     description, recipe = read_recipe(folder, backbone)
+    known = description.get("base_model_weights")
+    if isinstance(known, str) and is_other(recipe.backbone, known):
+        text = f"{recipe.backbone.path} has other weights than the model this adapter was trained on, {known}"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
         head_std = recipe.classifier.init_std if recipe.classifier else None

@@ -9,7 +9,7 @@ from metatt_scale.backbone.loading import (
     pick_device,
 )
 from metatt_scale.backbone.quantised import quantised_linear
-from metatt_scale.backbone.source import Source, identity, resolve
+from metatt_scale.backbone.source import Source, identity, is_other, resolve
 from metatt_scale.backbone.tokenizer import byte_tokenizer, load_tokenizer
 from metatt_scale.backbone.units import Engine, compile_layers, find_units
 
@@ -23,6 +23,7 @@ __all__ = [
     "head_tensors",
     "identity",
     "in_head",
+    "is_other",
     "last_linear",
     "load_backbone",
     "load_skeleton",

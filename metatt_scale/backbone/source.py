@@ -137,3 +137,10 @@ def identity(recipe: BackboneRecipe) -> str:
                 file.seek(max(0, path.stat().st_size - (1 << 20)))
                 digest.update(file.read())
     return f"{source.kind} {digest.hexdigest()}"
+
+
+def is_other(recipe: BackboneRecipe, known: str) -> bool:
+    """Return whether the weights are surely not those of an identity; a hub id says nothing about files on disk."""
+    now = identity(recipe)
+    kinds = [of.partition(" ")[0] if " " in of else "hub" for of in (now, known)]
+    return kinds[0] == kinds[1] and now != known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from metatt_scale.adapter import (
     train_head,
     trained_head,
 )
-from metatt_scale.backbone import Engine, head_tensors
+from metatt_scale.backbone import Engine, head_tensors, is_other
 from metatt_scale.methods.adalora import AdaLora
 from metatt_scale.methods.going_on import go_on
 from metatt_scale.methods.loretta import LorettaAdp, LorettaRep, find_outputs
@@ -37,6 +38,8 @@ from metatt_scale.methods.starts import start_at_weights
 from metatt_scale.methods.whole import Full, HeadOnly, nowhere
 from metatt_scale.parallel import World
 from metatt_scale.recipe import INNER_BONDS, AdapterRecipe, Recipe
+
+logger = logging.getLogger(__name__)
 
 
 class Method(NamedTuple):
@@ -99,7 +102,9 @@ def build_adapter(
     _train_head(model, recipe, adapter)
     if recipe.adapter.start_from is not None and not resumes:
         assert isinstance(adapter, ChainAdapter), "the recipe refuses others"
-        go_on(model, recipe, adapter)
+        known = go_on(model, recipe, adapter)
+        if (world is None or world.is_first) and known is not None and is_other(recipe.backbone, known):
+            logger.warning("adapter.start_from: that chain was trained on other weights (%s)", known)
     return adapter
 
 

@@ -30,8 +30,11 @@ def known_tasks(recipe: Recipe) -> tuple[str, ...]:
     return tuple(_recipe_of(adapter_folder(recipe.adapter.start_from)).tasks)
 
 
-def go_on(model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter) -> None:
+def go_on(model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter) -> str | None:
     """Give a new chain, and a classifier's head, the values of `adapter.start_from`.
+
+    Returns:
+        The identity of the weights that it was trained on, where it knows that.
 
     Raises:
         ValueError: no such adapter, or one of another form.
@@ -56,6 +59,7 @@ def go_on(model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter) -> None
         adapter.set_cores([core.detach().to(place) for core, place in zip(cores, adapter.cores, strict=True)])
         if recipe.classifier is not None:
             _take_head(model, recipe, adapter, _head_of(folder), before)
+        return read_description(folder).get("base_model_weights")
     except ValueError as error:
         raise ValueError(f"adapter.start_from {recipe.adapter.start_from!r}: {error}") from None
 

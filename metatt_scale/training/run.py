@@ -259,6 +259,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     best = recipe.training.keep == "best" and progress.best_step is not None
     return {
         "base_model": recipe.backbone.path,
+        "base_model_weights": identity(recipe.backbone),
         "kind": recipe.adapter.kind,
         "step": progress.best_step if best else progress.step,
         "best_loss": progress.best_loss,

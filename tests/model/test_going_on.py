@@ -15,7 +15,18 @@ from metatt_scale.training import TrainingStopped, train
 from metatt_scale.training.loop import Trainer
 from tests.model.test_tasks import records, toy_tasks
 from tests.tiny import FLOAT32
-from tests.toy import BERT, UNDROPPED, make_trainer, metrics, quiet, toy_classifier, toy_recipe, write_toy
+from tests.toy import (
+    BERT,
+    LLAMA,
+    UNDROPPED,
+    make_trainer,
+    metrics,
+    quiet,
+    said,
+    toy_classifier,
+    toy_recipe,
+    write_toy,
+)
 
 FIRST, SECOND = ("even", "sum"), ("digit", "sum", "even")
 
@@ -121,6 +132,21 @@ def test_another_form_is_refused(tmp_path, change, says):
     adapter = {"start_from": str(first.folder), **change["adapter"]}
     with pytest.raises(ValueError, match=says):
         make_trainer(toy_recipe(tmp_path, adapter=adapter))
+
+
+def test_other_weights_of_the_same_shapes_are_noticed(tmp_path, caplog):
+    first = train(toy_recipe(tmp_path, output_dir=str(tmp_path / "first")), quiet())
+    start = {"start_from": str(first.folder)}
+    console = quiet()
+    reopen(first.folder, console)
+    make_trainer(toy_recipe(tmp_path, adapter=start))
+    assert "weights" not in said(console) and not caplog.records
+    recipe = toy_recipe(tmp_path, adapter=start)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA, "initializer_range": 0.1}))
+    make_trainer(recipe)
+    assert "that chain was trained on other weights (random " in caplog.text
+    reopen(first.folder, console)
+    assert "has other weights than the model this adapter was trained on, random " in said(console)
 
 
 def test_a_run_of_another_kind_or_without_names_for_its_labels_is_refused(tmp_path):
