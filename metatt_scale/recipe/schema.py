@@ -306,6 +306,10 @@ class Recipe(Section):
             raise ValueError(
                 "`training.packing` is true, but the examples of a `classifier` are padded; leave it out"
             )
+        if self.parallel.backbone == "zero3":
+            raise ValueError(
+                "`parallel.backbone` is zero3, which does not gather a `classifier` yet; set fsdp2 or replicate"
+            )
         if self.evaluation.tasks:
             raise ValueError(
                 f"`evaluation.tasks` is {list(self.evaluation.tasks)}, questions to a language model, but there is a "

@@ -81,6 +81,12 @@ CLASSIFIERS = [
     whole(
         "packed", SENTENCES + CLASSIFIER + "training: {packing: true}", "`training.packing` is true", "leave it out"
     ),
+    whole(
+        "sharded head",
+        SENTENCES + CLASSIFIER + "parallel: {backbone: zero3}",
+        "`parallel.backbone` is zero3",
+        "fsdp2",
+    ),
     whole("no name", SENTENCES + "classifier: {}\ntasks: {'': {labels: 2}}", '`tasks.` is ""; it must match'),
     whole("name in a key", SENTENCES + "classifier: {}\ntasks: {a b: {labels: 2}}", '`tasks.a b` is "a b"; it must'),
     whole("tasks", SENTENCES + CLASSIFIER + "evaluation: {tasks: [boolq]}", "`evaluation.tasks`", "leave it out"),
