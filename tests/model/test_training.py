@@ -165,6 +165,15 @@ def test_the_loop_draws_dropout_by_seed_step_and_rank(tmp_path):
     assert len(drawn) == 8
 
 
+def test_a_run_holds_out_and_draws_by_the_seed_of_its_recipe(tmp_path):
+    recipe = toy_recipe(tmp_path, seed=3, training={"max_steps": 2, "eval_every": 2})
+    train(recipe, quiet())
+    trainer, lines = make_trainer(recipe), metrics(tmp_path / "run")
+    losses = [one_step(trainer)["loss"] for _ in lines]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=FLOAT32)
+    assert lines[-1]["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=FLOAT32)
+
+
 def test_the_largest_seed_of_a_recipe_trains(tmp_path):
     train(toy_recipe(tmp_path, seed=2**63 - 1, training={"max_steps": 2}), quiet())
     assert len(metrics(tmp_path / "run")) == 2
