@@ -171,6 +171,7 @@ def test_a_run_scores_every_task_and_keeps_the_best_mean(tmp_path, kind):
     for line in lines:
         wanted = (line["eval_even_accuracy"], line["eval_digit_matthews"], line["eval_sum_spearman"])
         assert line["eval_mean"] == pytest.approx(sum(wanted) / 3, rel=FLOAT32)
+        assert line["eval_loss"] == pytest.approx(sum(line[f"eval_{name}_loss"] for name in NAMES), rel=FLOAT32)
     best = max(lines, key=lambda line: line["eval_mean"])
     assert json.loads((run.folder / "adapter" / "metatt.json").read_text())["step"] == best["step"]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]

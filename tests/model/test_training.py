@@ -1,5 +1,7 @@
 """The optimizer step, and the life of a run in one process."""
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -9,7 +11,8 @@ from metatt_scale.recipe import TrainingRecipe
 from metatt_scale.training import train
 from metatt_scale.training.optimizer import clip, learning_rate
 from metatt_scale.training.seeds import derived_seed
-from tests.tiny import FLOAT64, randomise
+from metatt_scale.training.slices import SliceNorms
+from tests.tiny import FLOAT32, FLOAT64, randomise
 from tests.toy import GPT2, LLAMA, make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
 
 # ---- one optimizer step
@@ -147,6 +150,30 @@ def test_dropout_depends_on_seed_step_and_rank():
     assert len(draws) == 15
 
 
+def test_the_loop_draws_dropout_by_seed_step_and_rank(tmp_path):
+    seeds, drawn = [], set()
+    for seed in (1, 2):
+        trainer = make_trainer(toy_recipe(tmp_path, seed=seed))
+        _, indices = trainer.order.global_batch(0)
+        trainer.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+        for step, rank in itertools.product((0, 1), (0, 1)):
+            trainer.world = dataclasses.replace(trainer.world, rank=rank, size=2)
+            seeds.clear()
+            trainer._accumulate(indices, 100, step)
+            assert set(seeds) == {derived_seed("dropout", seed, step, rank)}
+            drawn.update(seeds)
+    assert len(drawn) == 8
+
+
+def test_a_run_holds_out_and_draws_by_the_seed_of_its_recipe(tmp_path):
+    recipe = toy_recipe(tmp_path, seed=3, training={"max_steps": 2, "eval_every": 2})
+    train(recipe, quiet())
+    trainer, lines = make_trainer(recipe), metrics(tmp_path / "run")
+    losses = [one_step(trainer)["loss"] for _ in lines]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=FLOAT32)
+    assert lines[-1]["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=FLOAT32)
+
+
 def test_the_largest_seed_of_a_recipe_trains(tmp_path):
     train(toy_recipe(tmp_path, seed=2**63 - 1, training={"max_steps": 2}), quiet())
     assert len(metrics(tmp_path / "run")) == 2
@@ -184,6 +211,21 @@ def test_metrics_have_their_keys(tmp_path):
     assert sizes == {"input": 1, "layer": 3, "projection": 2, "output": 1} and len(lines[-1]["spectra"]) == 3
     assert all(line["ranks"] == [4, 4, 4] and line["memory_gib"] > 0 for line in lines)
     assert [line["epoch"] for line in lines] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["metatt_4d", "lorta"])
+def test_gradient_norms_are_those_of_slices_by_the_root_of_their_entries(tmp_path, kind):
+    """Of wide modes one for the core; a diagonal slice of LoRTA has as many entries as rows."""
+    trainer = make_trainer(toy_recipe(tmp_path, adapter={"kind": kind}), torch.float64)
+    randomise(trainer.adapter)
+    _, indices = trainer.order.global_batch(0)
+    trainer._accumulate(indices, 100, 0)
+    found = SliceNorms(trainer.adapter).read()
+    assert list(found) == list(trainer.adapter.spec.modes)
+    for mode, core in zip(found, trainer.adapter.cores, strict=True):
+        slices = [core.grad] if mode in ("input", "output") else core.grad.unbind(1)
+        expected = [float(part.norm()) / math.sqrt(part.numel()) for part in slices]
+        assert min(expected) > 0 and found[mode] == pytest.approx(expected, rel=FLOAT32), mode
 
 
 def test_the_last_step_is_always_in_the_metrics(tmp_path):

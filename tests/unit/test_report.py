@@ -220,6 +220,13 @@ def test_gradients_stand_in_chain_order_a_column_per_epoch(tmp_path):
     np.testing.assert_allclose(found["layer"], [[0.1] * 6, [1.1] * 6, [2.1] * 6])
 
 
+def test_the_last_step_of_an_epoch_belongs_to_it(tmp_path):
+    lines = [{**line, "gradient_norms": {"input": [float(line["step"])]}} for line in lines_of("fixed", 1)]
+    edges, found = groups_of(make_run(tmp_path / "a", lines=lines))[0].gradients()
+    # Of steps 2 and 4, of 6 and 8, ...
+    assert edges.tolist() == list(range(7)) and found["input"].tolist() == [[3, 7, 11, 15, 19, 23]]
+
+
 def test_spectra_end_where_a_rank_ends(tmp_path):
     bonds = groups_of(make_run(tmp_path / "a", "swept"))[0].spectra()
     x, values = bonds[2]

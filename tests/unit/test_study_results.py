@@ -8,7 +8,7 @@ import pytest
 from metatt_scale.study.agenda import agenda_of, unused
 from metatt_scale.study.opening import open_study
 from metatt_scale.study.results import Results
-from tests.studies import lines_of, study, write_study
+from tests.studies import CHOOSE, lines_of, study, write_study
 
 LEARNED = {"trainable_parameters": 2000, "ranks": [2, 2, 2]}
 
@@ -125,6 +125,34 @@ def test_a_result_of_another_definition_is_refused(opened):
     Results(opened.results).append(line(run, digest="other", overrides=["adapter.rank=3"]))
     with pytest.raises(ValueError, match=r"rank2, seed 1 .* were adapter\.rank=3, now they are adapter\.rank=2, or"):
         agenda_of(opened, Results(opened.results))
+
+
+@pytest.mark.parametrize("by", ["eval_accuracy", "eval_loss"])
+def test_of_equal_values_the_first_is_chosen(tmp_path, monkeypatch, by):
+    opened = open_study(write_study(tmp_path, monkeypatch, choose={**CHOOSE, "by": by}, arms={"a": []}))
+    results = Results(opened.results)
+    for tried in opened.candidates:
+        for seed in CHOOSE["seeds"]:
+            scores = {by: {"last": 0.5, "best": 0.5, "per_epoch": [0.5]}}
+            results.append(line(opened.trial("a", tried, seed), scores=scores))
+    assert agenda_of(opened, results).chosen["a"]["chosen"] == "training.learning_rate=0.001"
+
+
+@pytest.mark.parametrize("recipes", [None, {"one": "../recipe.yaml"}], ids=["one recipe", "columns"])
+def test_arms_are_compared_seed_by_seed(tmp_path, monkeypatch, recipes):
+    keys = {"recipe": None, "recipes": recipes} if recipes else {}
+    path = write_study(tmp_path, monkeypatch, compare=[["rank4", "rank2"], ["rank2", "rank4"]], **keys)
+    opened = open_study(path)
+    results = Results(opened.results)
+    for arm in opened.arms:
+        more, seeds = (0.02, (1, 2, 3)) if arm.startswith("rank4") else (0.0, (2, 3))
+        for seed in seeds:
+            score = {"last": more + seed / 1000, "best": None, "per_epoch": []}
+            results.append(line(opened.reported(arm, None, seed), scores={"eval_accuracy": score}))
+    _, said = study(path, table_only=True)
+    name = "eval_accuracy of one" if recipes else "eval_accuracy"
+    for pair, gain in (("rank4 - rank2", "+0.0200"), ("rank2 - rank4", "-0.0200")):
+        assert f"- {pair}, {name}: {gain} ± 0.0000 at 95 % over 2 common seeds" in said
 
 
 def test_results_that_the_study_no_longer_has_are_counted(opened, monkeypatch, tmp_path):
