@@ -115,15 +115,15 @@ def reopen(
     """
     folder = adapter_folder(path)
     description, recipe = read_recipe(folder, backbone)
-    known = description.get("base_model_weights")
-    if isinstance(known, str) and is_other(recipe.backbone, known):
-        text = f"{recipe.backbone.path} has other weights than the model this adapter was trained on, {known}"
-        console.print(text, style="yellow", highlight=False, soft_wrap=True)
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
         head_std = recipe.classifier.init_std if recipe.classifier else None
         model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, recipe.head_outputs, head_std)
     adapter = reload_adapter(folder, model, recipe)
+    known = description.get("base_model_weights")
+    if isinstance(known, str) and is_other(recipe.backbone, known):
+        text = f"{recipe.backbone.path} has other weights than the model this adapter was trained on, {known}"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
     return Reopened(
         model=model, tokenizer=tokenizer, adapter=adapter, recipe=recipe, description=description, folder=folder
     )
