@@ -7,7 +7,7 @@ import torch
 
 from metatt_scale.adapter.leaves import like_linear
 from metatt_scale.adapter.targets import Target, TargetMap
-from metatt_scale.methods import build_adapter, make_alone
+from metatt_scale.methods import build_adapter, make_alone, starts
 from tests.methods import TASKS, recipe_of
 from tests.model.test_tasks import NAMES, toy_tasks
 from tests.tiny import tiny_model
@@ -76,3 +76,30 @@ def test_every_task_of_moe_lora_starts_with_a_gate_of_its_own():
         factors.append([pair.lora_A for pair in adapter.lora_pairs()])
     for one, other in itertools.combinations(factors, 2):
         assert all((a - b).norm() > 0.05 * a.norm() for a, b in zip(one, other, strict=True))
+
+
+def pissa(**how):
+    recipe = recipe_of("lora", rank=2, init="pissa", target_modules=["q_proj"])
+    return build_adapter(tiny_model("llama"), recipe, **how)
+
+
+def test_a_weight_that_cannot_be_factorised_is_told_by_its_name(monkeypatch):
+    """Behind the last gather, where all ranks listen."""
+    tried = []
+
+    def fail(plain, recipe):
+        tried.append(plain)
+        raise RuntimeError("no singular values")
+
+    monkeypatch.setattr(starts, "_factors", fail)
+    with pytest.raises(
+        ValueError, match=r"adapter.init pissa: .*0\.self_attn\.q_proj cannot be factorised \(no singular"
+    ):
+        pissa()
+    assert len(tried) > 1
+
+
+def test_a_resumed_run_factorises_nothing_again(monkeypatch):
+    assert any(name.endswith("start_A") and bool(value.any()) for name, value in pissa().tensors().items())
+    monkeypatch.setattr(starts, "_factors", lambda *_: pytest.fail("computed again"))
+    pissa(resumes=True)

@@ -210,6 +210,15 @@ def test_evaluations_have_the_keys_that_follow_from_the_recipe_and_headlines_are
         assert f"  {key} {lines[-1][f'eval_{key}']:.4f}  " in shown[-1]
 
 
+def test_tasks_in_another_order_are_another_recipe(tmp_path):
+    """Their order is that of the slices, and of the head's columns."""
+    recipe = toy_tasks(tmp_path, training={"max_steps": 2})
+    train(recipe, quiet())
+    turned = recipe.model_copy(update={"tasks": dict(reversed(recipe.tasks.items()))})
+    with pytest.raises(ValueError, match="tasks were in the order even, digit, sum, are in sum, digit, even"):
+        train(turned, quiet())
+
+
 def test_a_task_without_an_example_is_refused_before_the_first_step(tmp_path):
     few = {"validation": [], "validation_size": 2}
     with pytest.raises(ValueError, match="has no example to be judged by"):
