@@ -50,6 +50,18 @@ def distinct(values: Iterable[Any]) -> str:
     return " / ".join(dict.fromkeys(map(str, values)))
 
 
+def chosen(choice: Line) -> str:
+    """Return what an arm chose, and whether it is the last number tried on a side: a better one may lie beyond."""
+    value, *tried = (text.partition("=")[2] for text in (choice["chosen"], *choice["means"]))
+    try:
+        numbers = sorted(map(float, tried))
+        sides = {numbers[-1]: "highest", numbers[0]: "lowest"} if len(numbers) > 1 else {}
+        side = sides.get(float(value))
+    except ValueError:
+        return value
+    return value + (f" ({side} tried)" if side else "")
+
+
 def with_error(mean: Mean) -> str:
     """Return a mean with its standard error, where it has one."""
     return number(mean.mean) + ("" if math.isnan(mean.stderr) else f" ± {mean.stderr:.4f}")

@@ -10,6 +10,7 @@ from typing import Any
 from metatt_scale.study import cells
 from metatt_scale.study.agenda import Agenda
 from metatt_scale.study.cells import (
+    chosen,
     comparison,
     distinct,
     markdown_table,
@@ -53,6 +54,9 @@ class _Grid:
 
     def lines(self, row: str, column: str) -> tuple[Line, ...]:
         return self.agenda.finished[f"{row}@{column}"]
+
+    def choice(self, row: str, column: str) -> Line | None:
+        return self.agenda.chosen.get(f"{row}@{column}")
 
     def all_lines(self) -> Iterator[Line]:
         for lines in self.agenda.finished.values():
@@ -121,7 +125,8 @@ def _record(grid: _Grid, row: str) -> dict[str, Any]:
     for column in (*grid.columns, *([MEAN] if len(grid.columns) > 1 else [])):
         if column != MEAN:
             if grid.opened.study.choose:
-                record[f"{column}_chosen"] = _chosen(grid, row, column)
+                choice = grid.choice(row, column)
+                record[f"{column}_chosen"] = choice["chosen"] if choice else ""
             record[f"{column}_seeds"] = " ".join(str(line["seed"]) for line in grid.lines(row, column))
         for name in score.names:
             mean = grid.mean(row, column, name, "last") or _UNKNOWN
@@ -157,13 +162,9 @@ def _title(grid: _Grid, column: str, name: str) -> str:
 
 
 def _choices(grid: _Grid) -> str:
-    rows = [[row, *(_chosen(grid, row, column).partition("=")[2] for column in grid.columns)] for row in grid.rows]
+    choices = {row: [grid.choice(row, column) for column in grid.columns] for row in grid.rows}
+    rows = [[row, *(chosen(choice) if choice else "" for choice in found)] for row, found in choices.items()]
     return markdown_table(["arm", *grid.columns], rows)
-
-
-def _chosen(grid: _Grid, row: str, column: str) -> str:
-    choice = grid.agenda.chosen.get(f"{row}@{column}")
-    return choice["chosen"] if choice else ""
 
 
 def _comparisons(grid: _Grid) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from metatt_scale.study import cells
 from metatt_scale.study.agenda import Agenda
 from metatt_scale.study.cells import (
+    chosen,
     comparison,
     distinct,
     markdown_table,
@@ -75,11 +76,11 @@ def _arms(agenda: Agenda) -> Iterable[tuple[str, tuple[Line, ...]]]:
 
 def _facts(opened: OpenStudy, agenda: Agenda, arm: str) -> list[str]:
     lines = agenda.finished[arm]
-    chosen = [agenda.chosen[arm]["chosen"].partition("=")[2]] if opened.study.choose else []
+    choice = [chosen(agenda.chosen[arm])] if opened.study.choose else []
     ranks = distinct(" ".join(map(str, line["ranks"])) for line in lines)
     planned = len(opened.study.seeds)
     seeds = f"{len(lines)}" + (f" of {planned}" if len(lines) < planned else "")
-    return [arm, *chosen, parameters(lines), ranks, seeds]
+    return [arm, *choice, parameters(lines), ranks, seeds]
 
 
 def _cells(opened: OpenStudy, lines: Sequence[Line], arm: str, marks: Mapping[str, _Marks]) -> list[str]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from metatt_scale.study.cells import comparison, marks_of
+from metatt_scale.study.cells import chosen, comparison, marks_of
 from metatt_scale.study.statistics import difference, mean_of
 
 
@@ -57,3 +57,19 @@ def test_equal_means_are_marked_alike():
     means = {"a": 0.1 + 0.2, "b": 0.3, "c": 0.2, "d": math.nan, "e": 0.2, "f": 0.1}
     assert marks_of(means, True) == {"a": "**", "b": "**", "c": "_", "e": "_"}
     assert marks_of(means, False) == {"f": "**", "c": "_", "e": "_"}
+
+
+@pytest.mark.parametrize(
+    ("tried", "said"),
+    [
+        (["0.002", "0.001", "0.01"], "0.002"),
+        (["0.002", "0.003", "0.01"], "0.002 (lowest tried)"),
+        (["0.002", "0.001", "1e-05"], "0.002 (highest tried)"),
+        (["0.002"], "0.002"),
+        (["0.002", "0.003", "null"], "0.002"),
+    ],
+)
+def test_a_choice_at_the_end_of_what_was_tried_says_so(tried, said):
+    """Whatever the values' order in the study file, and whether or not all trials came to an end."""
+    means = {f"training.learning_rate={value}": None for value in tried}
+    assert chosen({"arm": "a", "chosen": "training.learning_rate=0.002", "means": means}) == said
