@@ -3,8 +3,8 @@
 The global order is a pure function of (seed, step): a resumed run needs the step alone, and every rank of any
 world size knows each global batch without asking the others.
 
-Shape letters: B examples of a micro-batch, S tokens of its longest example. Packed, all of them stand in one row: B
-is 1 and S is the sum of their lengths.
+Shape letters: B examples of a micro-batch, S tokens of its longest example, rounded up. Packed, all of them stand in
+one row: B is 1 and S is the sum of their lengths.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Indices = NDArray[np.int64]
 # [7, 0] would be the same stream.
 _SHUFFLE, _FRACTION, _SPLIT = 1, 2, 3
 _FILLER_TOKENS = 8
+_WIDTH_STEP = 8
 
 
 class Batch(NamedTuple):
@@ -189,8 +190,14 @@ def micro_batches(
 
 
 def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: int) -> Batch:
-    """Pad examples on the right to the longest of them."""
-    shape = (len(indices), int(table.lengths[indices].max()))
+    """Pad examples on the right to the width that the longest of them asks for.
+
+    Widths are multiples of 8, the same few again and again: kernels that are made for one shape are found again,
+    and tensor cores' tiles are full. None is above the longest example of all, which the model is known to take.
+    """
+    longest = int(table.lengths[indices].max())
+    width = min(-(-longest // _WIDTH_STEP) * _WIDTH_STEP, int(table.lengths.max()))
+    shape = (len(indices), width)
     input_ids_BS = np.full(shape, pad_token_id, np.int64)
     attention_mask_BS = np.zeros(shape, np.int64)
     labels_BS = np.full(shape, IGNORE, np.int64)

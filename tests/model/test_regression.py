@@ -41,9 +41,9 @@ def test_the_loss_is_the_squared_error_and_scores_are_scipys(tmp_path, config):
     indices = trainer.data.validation.indices
     with torch.no_grad():
         model = trainer.model.eval()
-        alone = [collate(table, [i], 0) for i in indices]
-        segments = [{"token_type_ids": b.segments_BS} if config is BERT else {} for b in alone]
-        predicted = [model(b.input_ids_BS, **s).logits.item() for b, s in zip(alone, segments, strict=True)]
+        alone = [(torch.from_numpy(table.example(i)[0])[None], collate(table, [i], 0).segments_BS) for i in indices]
+        keys = [{"token_type_ids": two[:, : ids.shape[1]]} if config is BERT else {} for ids, two in alone]
+        predicted = [model(ids, **given).logits.item() for (ids, _), given in zip(alone, keys, strict=True)]
     true, scores = table.values[indices], trainer.evaluate()
     assert scores["eval_loss"] == pytest.approx(((predicted - true) ** 2).mean(), rel=1e-6)
     assert scores["eval_pearson"] == pytest.approx(pearsonr(predicted, true)[0], rel=FLOAT64)

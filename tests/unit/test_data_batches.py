@@ -131,6 +131,15 @@ def test_a_batch_is_padded_on_the_right_with_unshifted_labels():
         assert batch.labels_BS[row].tolist() == labels + [IGNORE] * (6 - n)
 
 
+@pytest.mark.parametrize(("longest", "width"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 19), (19, 19)])
+def test_widths_are_few_and_none_is_above_the_longest_example(longest, width):
+    """Of 19 tokens here: what is longer, a model of so many positions might not take."""
+    table = make_table([longest, 1, 19])
+    (batch,) = micro_batches(table, np.arange(2), micro_batch_size=2, rank=0, world_size=1, pad_token_id=PAD)
+    assert batch.input_ids_BS.shape == (2, width)
+    assert batch.attention_mask_BS.sum(1).tolist() == [longest, 1]
+
+
 def test_a_packed_batch_is_one_row_of_the_same_examples():
     table = make_table([3, 6, 2])
     table.flags[3] = 1  # as no tokeniser would have it: the first token of an example, which nothing predicts
