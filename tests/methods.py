@@ -63,37 +63,25 @@ def shapes_of(recipe, target):
 
 
 def entries(own, letter, rows, columns):
-    """A folded matrix entry by entry: products of one matrix per core, chosen by the digits of row and column."""
+    """A folded matrix entry by entry: products of one matrix per core, chosen by the digits of the entry's number."""
     cores = [own[f"{letter}_{k}"] for k in range(sum(name.startswith(f"{letter}_") for name in own))]
-    of_rows = next(k for k in range(1, len(cores)) if math.prod(core.shape[1] for core in cores[:k]) >= rows)
-
-    def digits(number, sizes):
-        found = []
-        for size in reversed(sizes):
-            number, digit = divmod(number, size)
-            found.append(digit)
-        return found[::-1]
-
-    def halves(group, count):
-        sizes = [core.shape[1] for core in group]
-        for number in range(count):
-            slices = [core[:, digit] for core, digit in zip(group, digits(number, sizes), strict=True)]
-            yield functools.reduce(torch.matmul, slices)
-
-    left = torch.stack(list(halves(cores[:of_rows], rows)))[:, 0]  # (rows, bond)
-    return left @ torch.stack(list(halves(cores[of_rows:], columns)))[:, :, 0].mT  # (columns, bond)
+    numbers, slices = torch.arange(rows * columns), []
+    for core in reversed(cores):
+        slices.insert(0, core[:, numbers % core.shape[1]].transpose(0, 1))  # of each entry, (left bond, right bond)
+        numbers = numbers // core.shape[1]
+    return functools.reduce(torch.matmul, slices).view(rows, columns)
 
 
 def run_bottlenecks(plain, recipe, paths, values, ids):
-    """Logits of the plain model with y + alpha gelu(y A) B instead of the output y of the modules at these paths."""
+    """Logits of the plain model with y + alpha (gelu(y A + a) B + b) for the output y of these modules."""
     hooks, width = [], recipe.adapter.loretta.bottleneck
     for path in paths:
         own = {name.removeprefix(f"{path}."): v for name, v in values.items() if name.startswith(path + ".")}
 
         def change(module, _, y, own=own):
             a_OR, b_RO = entries(own, "A", y.shape[-1], width), entries(own, "B", width, y.shape[-1])
-            z = y @ a_OR
-            return y + recipe.adapter.alpha * ((z / 2 * (1 + torch.erf(z / math.sqrt(2)))) @ b_RO)
+            z = y @ a_OR + own["a"]
+            return y + recipe.adapter.alpha * ((z / 2 * (1 + torch.erf(z / math.sqrt(2)))) @ b_RO + own["b"])
 
         hooks.append(plain.get_submodule(path).register_forward_hook(change))
     try:

@@ -1,17 +1,17 @@
-"""LoRETTA (Yang et al. 2024, arXiv 2402.11417): thin matrices that are tensor trains of folded indices.
+"""LoRETTA (Yang et al. 2024, arXiv 2402.11417): thin matrices whose entries are those of tensor trains.
 
-A matrix of I rows and O columns is stored as the chain of a tensor whose modes are the factors of I and then those
-of O; all inner bonds have the rank `adapter.loretta.tensor_rank`. A width that has no small factors is padded to the
-next that has, and what is beyond is cut off.
+The I x O entries of a matrix, row after row, are those of a tensor with small modes, which is stored as a chain; all
+inner bonds have the rank `adapter.loretta.tensor_rank`. A number without small factors is padded to the next that has
+them, and what is beyond is cut off.
 
-    loretta_rep    y = x W^T + alpha x A B            A (I x r), B (r x O) are chains: LoRA
-    loretta_adp    y = z + alpha gelu(z A) B          A (O x b), B (b x O) are chains, z the frozen output
+    loretta_rep    y = x W^T + alpha x A B                   A (I x r), B (r x O) are chains: LoRA
+    loretta_adp    y = z + alpha (gelu(z A + a) B + b)       A (O x w), B (w x O) are chains, z the frozen output
 
-`adp` is a bottleneck of Houlsby et al. 2019 (arXiv 1902.00751) without biases, behind the last linear of a layer's
-attention and the last of its MLP, before dropout and residual. At the start entries of A have the variance of LoRA's,
-and the last core of B is zero, so that step 0 is the frozen model. Neither divides alpha by a rank.
+`adp` is a bottleneck of Houlsby et al. 2019 (arXiv 1902.00751) behind the last linear of a layer's attention and the
+last of its MLP, before dropout and residual. At the start entries of A have the variance of LoRA's, and the last core
+of B and both biases are zero, so that step 0 is the frozen model. Neither divides alpha by a rank.
 
-Shape legend: N rows, I input width, O output width, R width between A and B; P left bond, K mode, Q right bond.
+Shape legend: N rows, I input width, O output width, R width between A and B.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -34,20 +35,21 @@ from metatt_scale.recipe.adapter import initial_rank
 from metatt_scale.tensor import materialise
 
 LARGEST_FACTOR = 12
-"""Of a folded width: 768 is 8 x 8 x 12, 4096 is 8 x 8 x 8 x 8, as in the paper's own tables."""
+"""Of a number of entries: 768 x 64 is 8 x 8 x 12 x 8 x 8, as in the published tables."""
 
 
 @functools.cache
-def fold(width: int) -> tuple[int, ...]:
-    """Return the factors, ascending, of the least number from `width` on that has none above LARGEST_FACTOR.
+def fold(entries: int) -> tuple[int, ...]:
+    """Return the factors of the least number from `entries` on that has none above LARGEST_FACTOR.
 
     Of several ways the one of the fewest factors is taken, of these the one of the smallest sum: the values of a
-    chain grow with the sum of its modes.
+    chain grow with the sum of its modes. They stand as in the published tables, the small ones at the ends.
     """
-    number = width
+    number = entries
     while not (ways := list(_factorisations(number, 2))):
         number += 1
-    return min(ways, key=lambda factors: (len(factors), sum(factors), factors))
+    rising = min(ways, key=lambda factors: (len(factors), sum(factors), factors))
+    return rising[0::2] + rising[1::2][::-1]
 
 
 def _factorisations(number: int, least: int) -> Iterator[tuple[int, ...]]:
@@ -60,7 +62,7 @@ def _factorisations(number: int, least: int) -> Iterator[tuple[int, ...]]:
 
 def core_shapes(rows: int, columns: int, rank: int) -> list[tuple[int, int, int]]:
     """Return the shapes (left bond, mode, right bond) of the chain of a matrix."""
-    modes = fold(rows) + fold(columns)
+    modes = fold(rows * columns)
     bonds = (1, *[rank] * (len(modes) - 1), 1)
     return list(zip(bonds[:-1], modes, bonds[1:], strict=True))
 
@@ -69,10 +71,15 @@ class _FoldedMatrices(LinearAdapter):
     """Owner of two chains for every target, `A_0`, `A_1`, ... and `B_0`, `B_1`, ...."""
 
     def __init__(
-        self, target_map: TargetMap, recipe: Recipe, dtype: torch.dtype, shapes: list[tuple[tuple[int, int], ...]]
+        self,
+        target_map: TargetMap,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        shapes: list[tuple[tuple[int, int], ...]],
+        biases: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._shapes, self.tensor_rank = shapes, recipe.adapter.loretta.tensor_rank
-        start = {}
+        start = dict(biases)
         for target, pair in zip(target_map.targets, shapes, strict=True):
             for letter, (rows, columns) in zip("AB", pair, strict=True):
                 cores = core_shapes(rows, columns, self.tensor_rank)
@@ -89,9 +96,8 @@ class _FoldedMatrices(LinearAdapter):
         """Return A and B of one target, contracted in the precision of the cores."""
         path, found = self.targets[index].path, []
         for letter, (rows, columns) in zip("AB", self._shapes[index], strict=True):
-            n_cores = len(fold(rows)) + len(fold(columns))
-            dense = materialise([self.leaves[f"{path}.{letter}_{k}"] for k in range(n_cores)])
-            found.append(dense.reshape(math.prod(fold(rows)), math.prod(fold(columns)))[:rows, :columns])
+            dense = materialise([self.leaves[f"{path}.{letter}_{k}"] for k in range(len(fold(rows * columns)))])
+            found.append(dense.flatten()[: rows * columns].view(rows, columns))
         return found[0], found[1]
 
 
@@ -122,21 +128,30 @@ class LorettaRep(_FoldedMatrices):
 
 
 class LorettaAdp(_FoldedMatrices):
-    """Bottlenecks whose two matrices are chains."""
+    """Bottlenecks whose two matrices are chains; their biases are `a` and `b`."""
 
     def __init__(self, target_map: TargetMap, recipe: Recipe, dtype: torch.dtype) -> None:
         self.width = recipe.adapter.loretta.bottleneck
         shapes = [((t.d_out, self.width), (self.width, t.d_out)) for t in target_map.targets]
-        super().__init__(target_map, recipe, dtype, shapes)
+        biases = {}
+        for target in target_map.targets:
+            biases[f"{target.path}.a"], biases[f"{target.path}.b"] = (
+                torch.zeros(self.width),
+                torch.zeros(target.d_out),
+            )
+        super().__init__(target_map, recipe, dtype, shapes, biases)
 
     def summary(self) -> str:
         """Return the bottleneck's width and the rank."""
         return f"LoRETTA-adp, bottlenecks of {self.width}, tensor trains of rank {self.tensor_rank}"
 
     def behind(self, x: Tensor, y: Tensor, index: int) -> Tensor:
-        """Add alpha gelu(y A) B."""
-        a_OR, b_RO = (matrix.to(self.compute_dtype) for matrix in self.matrices(index))
-        return y + (self.alpha * (F.gelu(y.to(self.compute_dtype) @ a_OR) @ b_RO)).to(y.dtype)
+        """Add alpha (gelu(y A + a) B + b)."""
+        path = self.targets[index].path
+        values = (*self.matrices(index), self.leaves[f"{path}.a"], self.leaves[f"{path}.b"])
+        a_OR, b_RO, a_R, b_O = (value.to(self.compute_dtype) for value in values)
+        inner_NR = F.gelu(y.to(self.compute_dtype) @ a_OR + a_R)
+        return y + (self.alpha * (inner_NR @ b_RO + b_O)).to(y.dtype)
 
     def deltas(self) -> Iterator[Tensor]:
         """Refuse: a bottleneck is no change of a weight."""

@@ -15,7 +15,7 @@ from metatt_scale.study.schema import HEADLINE, Study
 
 OWN_KEYS = ("seed", "output_dir")
 """What a study sets of every run."""
-# Keys that change neither a bit of a run nor how it is scored.
+# Keys that change neither a bit of a run nor how it is scored; but `max_nonfinite_steps` says when one has diverged.
 _FREE = {
     "output_dir": True,
     "seed": True,  # recorded beside the digest

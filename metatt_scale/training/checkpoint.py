@@ -35,7 +35,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _MARKER, _STATE, _TENSORS = "COMPLETE", "state.json", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
-# What may differ between the run that wrote a checkpoint and the one that resumes it: nothing here decides a bit.
+# What may differ between the run that wrote a checkpoint and the one that resumes it: nothing here decides a bit of
+# a step.
 _FREE = (
     "data.cache_dir",
     "training.max_nonfinite_steps",

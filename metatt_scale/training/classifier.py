@@ -24,6 +24,7 @@ from metatt_scale.device import to_device
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Labels, label_rows
 from metatt_scale.training.class_scores import class_scores, number_scores
+from metatt_scale.training.loss import task_weights
 
 
 def class_loss(logits_BK: Tensor, classes_B: Tensor) -> Tensor:
@@ -53,12 +54,6 @@ def logits_of(model: PreTrainedModel, batch: Batch, device: torch.device) -> Ten
     return model(input_ids=to_device(batch.input_ids_BS, device), **arguments).logits
 
 
-def task_counts(table: TokenTable, indices: Any, n_tasks: int) -> np.ndarray:
-    """Return how many of these examples are of each task, (T,)."""
-    assert table.tasks is not None
-    return np.bincount(table.tasks[indices], minlength=n_tasks)
-
-
 @dataclass(frozen=True)
 class Classifier:
     """The sum over tasks of the mean loss of their examples: cross entropy of classes, squared error of numbers."""
@@ -75,11 +70,11 @@ class Classifier:
         return len(indices)
 
     def weights(self, table: TokenTable, indices: Any) -> Tensor | None:
-        """Return n / n_t for every task t, (T,): then sum / n is the sum of the tasks' means. None of one task."""
+        """Return the weights by examples, (T,); None of one task."""
         if len(self.labels) == 1:
             return None
-        counts_T = np.maximum(task_counts(table, indices, len(self.labels)), 1)
-        return to_device(torch.from_numpy(len(indices) / counts_T).float(), self.world.device)
+        assert table.tasks is not None
+        return task_weights(np.bincount(table.tasks[indices], minlength=len(self.labels)), self.world.device)
 
     def loss_sum(self, batch: Batch, weights_T: Tensor | None = None) -> Tensor:
         """Return the loss summed over the examples, each times its task's weight; a filler adds nothing."""

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -22,6 +23,14 @@ from metatt_scale.device import to_device
 
 CHUNK_BYTES = 1 << 27
 """fp32 logits that exist at once where the output head gives the loss; a narrower copy comes beside them."""
+
+
+def task_weights(counts_K: np.ndarray, device: torch.device) -> Tensor:
+    """Return n / n_k in fp32, (K,), where task k has n_k of the n examples or target tokens of a global batch.
+
+    Losses times these, summed and divided by n, are the sum of the means of the tasks that are in the batch.
+    """
+    return to_device(torch.from_numpy(counts_K.sum() / np.maximum(counts_K, 1)).float(), device)
 
 
 def token_loss_sum(

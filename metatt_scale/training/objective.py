@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter import Adapter
 from metatt_scale.data import Batch, TokenTable, ValidationData, target_count
-from metatt_scale.device import to_device
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.classifier import Classifier, by_task
-from metatt_scale.training.loss import token_loss_sum
+from metatt_scale.training.loss import task_weights, token_loss_sum
 from metatt_scale.training.start import make_ready
 
 
@@ -108,13 +107,12 @@ class NextTokens:
         return target_count(table, indices)
 
     def weights(self, table: TokenTable, indices: Any) -> Tensor | None:
-        """Return n / n_t with the n_t target tokens of every task t, (T,): then sum / n is the sum of their means."""
+        """Return the weights by target tokens, (T,); None where there are no tasks."""
         if not self.n_tasks:
             return None
         assert table.tasks is not None
         counts_T = np.bincount(table.tasks[indices], weights=table.targets[indices], minlength=self.n_tasks)
-        weights_T = self.denominator(table, indices) / np.maximum(counts_T, 1)
-        return to_device(torch.from_numpy(weights_T).float(), self.world.device)
+        return task_weights(counts_T, self.world.device)
 
     def loss_sum(self, batch: Batch, weights_T: Tensor | None = None) -> Tensor:
         """Return the loss summed over the target tokens."""

@@ -36,6 +36,7 @@ ROWS = [
     (BASE, "lotr", 88, 321_024),
     (BASE, "lora", 8, 294_912),
     (BASE, "vera", 1024, 43_008),
+    (BASE, "adalora", 4, 221_328),  # 24 (2 x 768 + 1) r, r = 6 at the start
     (LARGE, "metatt_4d", 16, 39_424),
     (LARGE, "metatt_4d", 32, 92_160),
     (LARGE, "metatt_4d", 8, 18_048),
@@ -59,6 +60,13 @@ def test_plan_states_the_papers_count(capsys, recipe, kind, rank, count):
     assert main(["plan", recipe, settings, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["trainable_parameters"] == count and numbers["adapter"] == kind
+
+
+@pytest.mark.parametrize(("recipe", "count"), [(BASE, 57_408), (LARGE, 132_864)])
+def test_loretta_adp_in_table_2(capsys, recipe, count):
+    """57 and 133 thousand there: bottlenecks of 64, tensor trains of rank 5, biases."""
+    assert main(["plan", recipe, "adapter={kind: loretta_adp, alpha: 1.0}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable_parameters"] == count
 
 
 @pytest.mark.parametrize(("recipe", "count"), [(BASE_TASKS, 308_736), (LARGE_TASKS, 814_080)])

@@ -184,20 +184,6 @@ def test_glue_recipes_have_the_settings_of_tables_5_and_6(size: str, task: str):
     assert data.text_fields == FIELDS[task]
 
 
-@pytest.mark.parametrize(
-    ("name", "rank", "count"),
-    [
-        ("llama2_7b_commonsense", 16, 139_776),
-        ("llama2_7b_commonsense", 256, 4_325_376),
-        ("llama2_13b_commonsense", 16, 174_592),
-        ("llama2_13b_commonsense", 64, 827_392),
-    ],
-)
-def test_counts_of_the_paper(name: str, rank: int, count: int):
-    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [f"adapter.rank={rank}"])
-    assert trained_parameters(recipe) == count
-
-
 def test_overrides_replace_values_and_make_absent_sections(tmp_path: Path):
     path = tmp_path / "short.yaml"
     path.write_text("output_dir: o\nbackbone: {path: p}\ndata: {train: [{path: t.json}]}\n")
