@@ -225,10 +225,13 @@ def _train(options: Namespace) -> int:
             print(str(stop), file=sys.stderr)
         return stop.exit_code
     form = {"full": "merged", "head_only": "merged", "loretta_adp": "metatt"}.get(recipe.adapter.kind, "lora")
-    task = f" --task {next(iter(recipe.tasks))}" if recipe.tasks else ""
+    name = next(iter(recipe.tasks), None)
+    task = f" --task {name}" if name else ""
+    own = f" --tasks {name}" if name in recipe.evaluation.tasks else ""  # of the same name: a task's own benchmark
     folder = shlex.quote(str(run.folder))
-    evaluate = "" if recipe.classifier else f"metatt-scale evaluate {folder}{task}, "
-    console.print(f"next: {evaluate}metatt-scale export {folder} --to {form}{task}", soft_wrap=True)
+    evaluate = "" if recipe.classifier else f"metatt-scale evaluate {folder}{task}{own}, "
+    of_task = "" if form == "metatt" else task
+    console.print(f"next: {evaluate}metatt-scale export {folder} --to {form}{of_task}", soft_wrap=True)
     return 0
 
 

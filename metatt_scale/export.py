@@ -65,6 +65,8 @@ def export(
     _check_target(target, replace)
     description, recipe = read_recipe(source, backbone)
     chosen = task_index(recipe, task)
+    if to == "metatt" and task is not None:
+        raise ValueError(f"--task is {task}, but a metatt folder holds the adapter of all tasks; leave --task out")
     with new_folder(target, replace=replace) as temporary:
         if to == "metatt":
             for name in (CONFIG, WEIGHTS, *([HEAD] if "head_sha256" in description else [])):
@@ -179,12 +181,12 @@ def model_card(
         f"| trained parameters | {description['trainable_parameters']:,}{head} |",
         *_label_lines(recipe, to, task),
         *_module_lines(description),
-        f"| data | {', '.join(description['records'])} ({description['target_tokens']:,} {counted}) |",
+        f"| data | {', '.join(dict.fromkeys(description['records']))} ({description['target_tokens']:,} {counted}) |",
         f"| training | {description['step']} steps of {recipe.training.batch_size} examples, learning rate "
         f"{recipe.training.learning_rate}, seed {recipe.seed} |",
         f"| made with | metatt-scale {description['metatt_scale']} |",
         "",
-        *_score_lines(run_folder(source) / "results.json", recipe, description["weights_sha256"]),
+        *_score_lines(run_folder(source) / "results.json", recipe, description["weights_sha256"], task),
     ]
     return "\n".join(lines) + "\n"
 
@@ -202,7 +204,7 @@ def _module_lines(description: Mapping[str, Any]) -> list[str]:
 
 def _label_lines(recipe: Recipe, to: str, task: int | None) -> list[str]:
     if recipe.classifier is None:
-        return []
+        return [] if task is None else [f"| task | {list(recipe.tasks)[task]} |"]
     kind = "; ".join(
         f"{f'{name}: ' if name else ''}{'one number (regression)' if of.is_regression else f'{of.labels} classes'}"
         for index, (name, of) in enumerate(recipe.label_sets.items())
@@ -215,17 +217,18 @@ def _label_lines(recipe: Recipe, to: str, task: int | None) -> list[str]:
     return [f"| labels | {kind}, by a head {start}, which is in this folder{onto} |"]
 
 
-def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str) -> list[str]:
+def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str, task: int | None) -> list[str]:
     """Return the scores on record that are this adapter's and its backbone's, and nobody else's."""
-    known = {fingerprint(recipe, None), fingerprint(recipe, adapter_sha256)}
+    tasks = range(len(recipe.tasks)) if task is None else [task]
+    known = {fingerprint(recipe, None), *(fingerprint(recipe, adapter_sha256, chosen) for chosen in (None, *tasks))}
     rows = []
-    for label, tasks in (read_scores(results) if results.is_file() else {}).items():
-        for task, score in tasks.items():
+    for label, scores in (read_scores(results) if results.is_file() else {}).items():
+        for benchmark, score in scores.items():
             if score.key.get("fingerprint") in known:
                 for metric in score.samples:
                     mean, error = score.mean(metric), score.stderr(metric)
                     shown = f"{error:.4f}" if math.isfinite(error) else "-"
-                    rows.append(f"| {label} | {task} | {metric} | {mean:.4f} | {shown} | {score.n} |")
+                    rows.append(f"| {label} | {benchmark} | {metric} | {mean:.4f} | {shown} | {score.n} |")
     if not rows:
         return ["No scores on record."]
     return ["## Scores", "", "| model | task | metric | score | ± | questions |", "|---|---|---|---|---|---|", *rows]

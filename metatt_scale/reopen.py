@@ -68,7 +68,9 @@ def read_recipe(folder: Path, backbone: Mapping[str, Any] | None = None) -> tupl
     description = read_description(folder)
     for key, kind in _ABOUT.items():
         if not isinstance(description.get(key), kind):
-            raise ValueError(f"{folder}/metatt.json: has no usable `{key}`; the file is damaged")
+            raise ValueError(
+                f"{folder}/metatt.json: has no usable `{key}`; the file is damaged, take it from a backup"
+            )
     data = validate(description["recipe"], f"{folder}/metatt.json").model_dump(mode="json")
     data["backbone"] |= {"trust_remote_code": False, **(backbone or {})}
     return description, validate(data, f"{folder}/metatt.json with {dict(backbone or {})}")

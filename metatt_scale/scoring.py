@@ -95,6 +95,7 @@ def score_opened(
         with opened.adapter.disabled():
             key = fingerprint(opened.recipe, None)
             scores[ZERO_SHOT] = score(ZERO_SHOT, key)
-    key = fingerprint(opened.recipe, opened.description["weights_sha256"], opened.adapter.task)
-    scores[FINE_TUNED] = score(FINE_TUNED, key)
+    task = opened.adapter.task
+    label = FINE_TUNED if task is None else f"{FINE_TUNED} {list(opened.recipe.tasks)[task]}"
+    scores[label] = score(label, fingerprint(opened.recipe, opened.description["weights_sha256"], task))
     return scores

@@ -91,15 +91,23 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG}: not readable as JSON ({error}); take the adapter from a backup"
         ) from None
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
-        raise ValueError(f"{folder / CONFIG}: unknown adapter format; this version reads format {_FORMAT}")
+        raise ValueError(
+            f"{folder / CONFIG}: unknown adapter format; this version reads format {_FORMAT}: open it with the "
+            "version that wrote it, or take the file from a backup"
+        )
     wanted = {WEIGHTS: description.get("weights_sha256")}
     if "head_sha256" in description:
         wanted[HEAD] = description["head_sha256"]
     for name, digest in wanted.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: {name} is missing")
+            raise ValueError(
+                f"{folder}: {name} is missing; take it from a backup, or from another copy of the folder"
+            )
         if sha256(folder / name) != digest:
-            raise ValueError(f"{folder / name}: its hash differs from the one in {CONFIG}; the file is damaged")
+            raise ValueError(
+                f"{folder / name}: its hash differs from the one in {CONFIG}; the file is damaged: take it from a "
+                "backup"
+            )
     return description
 
 

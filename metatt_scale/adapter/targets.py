@@ -87,7 +87,10 @@ def find_targets(
         chosen = [path for path in chosen if layers[0] <= _layer_number(path) < layers[1]]
         last = max(_layer_number(path) for path in candidates)
         if not chosen or layers[1] > last + 1:
-            raise ValueError(f"adapter.layers is {list(layers)}, but the model's layers are 0 to {last}")
+            raise ValueError(
+                f"adapter.layers is {list(layers)}, but the model's layers are 0 to {last}; give [first, last) of "
+                "these"
+            )
     return _place(chosen, linears)
 
 

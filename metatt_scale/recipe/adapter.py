@@ -153,7 +153,7 @@ class AdapterRecipe(Section):
     start_from: str | None = Field(default=None, min_length=1)
     """Run directory or adapter folder whose chain this run goes on with, in its own recipe: on the same tasks or more
     (a new one starts from the mean of the slices there are), on the same targets and ranks. `init` has no say then.
-    Keep the folder until the run has finished: a classifier that is resumed reads its frozen head there."""
+    The folder is read once, at the start."""
     mtl_lora: MtlLoraRecipe = MtlLoraRecipe()
     moe_lora: MoeLoraRecipe = MoeLoraRecipe()
     loretta: LorettaRecipe = LorettaRecipe()
@@ -190,6 +190,11 @@ class AdapterRecipe(Section):
                 raise ValueError(
                     f"`init` is {self.init!r}; {self.kind} needs {n_modes} letter pairs out of ze, id, no "
                     "joined by '-', for example " + "-".join(["ze"] + ["no"] * (n_modes - 2) + ["id"])
+                )
+            if pairs.count("ze") > 1:
+                raise ValueError(
+                    f"`init` is {self.init!r}, with {pairs.count('ze')} cores at zero: every gradient has one of "
+                    "them as a factor, so nothing would ever be learnt; leave one `ze`"
                 )
         if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
             raise ValueError("`layers` must be [first, last) with 0 <= first < last")

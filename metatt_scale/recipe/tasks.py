@@ -28,7 +28,10 @@ def check_tasks(tasks: Tasks, data: DataRecipe, classifier: ClassifierRecipe | N
         data.of_task(TaskRecipe())
         return
     if classifier.labels is not None or classifier.metric is not None:
-        raise ValueError("`classifier` has labels or a metric, but there are `tasks`; give each task its own there")
+        key = "labels" if classifier.labels is not None else "metric"
+        raise ValueError(
+            f"`classifier.{key}` is {getattr(classifier, key)!r}, but there are `tasks`; give each task its own there"
+        )
     for name, task in tasks.items():
         if task.labels is None:
             raise ValueError(f"`tasks.{name}.labels` is missing; say how many classes it has (1: numbers)")
@@ -48,7 +51,9 @@ def _check_sources(tasks: Tasks, data: DataRecipe) -> None:
             given = "has no `task`" if source.task is None else f"is of task {source.task!r}"
             raise ValueError(f"`{place}` {given}, but `tasks` names {known}; give all sources a task, or none")
         if source.task is not None and source.task not in tasks:
-            raise ValueError(f"`{place}` is of task {source.task!r}, which `tasks` does not name ({known})")
+            raise ValueError(
+                f"`{place}` is of task {source.task!r}, which `tasks` does not name; choose one of {known}"
+            )
     for part in ("train", "validation"):
         there = {source.task for source in getattr(data, part)}
         if there and (missing := [name for name in tasks if name not in there]):

@@ -83,12 +83,8 @@ class Run:
 
     @property
     def parameters(self) -> int | None:
-        """Return the number of trained values, of a chain the sum of P N Q; None where no adapter tells it."""
-        sizes, ranks = self.description.get("sizes"), self.description.get("ranks")
-        if not sizes or not ranks or len(sizes) != len(ranks) + 1:
-            return None if sizes else self.description.get("trainable_parameters")
-        bonds = [1, *ranks, 1]
-        return sum(left * size * right for left, size, right in zip(bonds[:-1], sizes, bonds[1:], strict=True))
+        """Return the number of trained values; None where no adapter tells it."""
+        return self.description.get("trainable_parameters")
 
     @property
     def last(self) -> dict[str, Any]:

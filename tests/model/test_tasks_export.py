@@ -6,11 +6,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from metatt_scale.cli import main
+from metatt_scale.evaluation import read_scores
 from metatt_scale.export import export
 from metatt_scale.reopen import reopen
 from metatt_scale.training import train
 from tests.model.test_classifier_export import IDS, logits, relative, saved_encoder
 from tests.model.test_tasks import toy_tasks
+from tests.questions import questions, write
 from tests.tiny import FLOAT32
 from tests.toy import BERT, ROBERTA, UNDROPPED, quiet, toy_recipe, write_toy
 
@@ -66,6 +68,33 @@ def test_a_language_models_task_by_name(tmp_path, capsys):
     assert "its tasks are one, two" in " ".join(capsys.readouterr().err.split())
     assert main(["evaluate", str(run.folder), "--tasks", "boolq", "--task", "three"]) == 2
     assert "does not know" in capsys.readouterr().err
+
+
+def test_scores_of_a_task_stand_beside_those_of_others_and_in_its_own_card(tmp_path, capsys):
+    write_toy(tmp_path)
+    write(tmp_path / "piqa.jsonl", questions("piqa"))
+    sources = [{"path": str(tmp_path / "data.jsonl"), "task": name, "limit": 40} for name in ("one", "two")]
+    run = train(
+        toy_recipe(
+            tmp_path,
+            tasks={"one": {}, "two": {}},
+            data={"train": sources, "validation_size": 0},
+            adapter={"kind": "metatt_4p1d"},
+            training={"max_steps": 1},
+        ),
+        quiet(),
+    )
+    for task in ("one", "two"):
+        told = ["evaluate", str(run.folder), "--tasks", "piqa", "--data", str(tmp_path), "--task", task]
+        assert main(told) == 0
+    assert set(read_scores(run.folder / "results.json")) == {"fine_tuned one", "fine_tuned two"}
+    card = (export(run.folder, "lora", quiet(), task="two") / "README.md").read_text()
+    assert "| task | two |" in card and "| fine_tuned two | piqa | acc |" in card and "fine_tuned one" not in card
+    assert card.count(str(tmp_path / "data.jsonl")) == 1, "both tasks read it"
+    with pytest.raises(ValueError, match="holds the adapter of all tasks; leave --task out"):
+        export(run.folder, "metatt", quiet(), task="two")
+    card = (export(run.folder, "metatt", quiet()) / "README.md").read_text()
+    assert "\n| task |" not in card and "fine_tuned one" in card and "fine_tuned two" in card
 
 
 def test_a_run_without_tasks_knows_none(tmp_path):

@@ -155,6 +155,7 @@ CONTRADICTIONS = [
     case("ranks", "adapter: {rank: [4, 4]}", "2 entries but metatt_4d has 3 inner bonds; give 3 ranks"),
     case("ranks 5d", "adapter: {kind: metatt_5d, rank: [4, 4, 4]}", "metatt_5d has 4 inner bonds"),
     case("init", "adapter: {init: ze-no-id}", "`init` is 'ze-no-id'", "for example ze-no-no-id"),
+    case("dead start", "adapter: {init: ze-id-ze-id}", "with 2 cores at zero", "leave one `ze`"),
     case("backward layers", "adapter: {layers: [3, 1]}", "`layers` must be [first, last)"),
     case("no targets", "adapter: {target_modules: []}", "`target_modules` is empty"),
     whole("two validations", GOOD + "  validation_size: 3\n  validation: [{path: v.json}]\n", "exclude each other"),

@@ -72,6 +72,7 @@ def make_run(folder, group="fixed", seed=1, *, lines=None, finished=True, **sect
     if finished:
         last = (lines[-1].get("sweep") or {}).get("ranks_after") or lines[-1]["ranks"]
         about = {
+            "trainable_parameters": {4: 128, 2: 44}.get(last[0]),
             "modes": list(SIZES),
             "sizes": list(SIZES.values()),
             "ranks": last,
@@ -160,7 +161,6 @@ def test_the_table_has_means_and_standard_errors(written):
     fixed, swept = (dict(zip(head, row, strict=True)) for row in rows[:2])
     assert [fixed["group"], swept["group"]] == ["adapter.alpha=2.0", "adapter.alpha=4.0"]
     assert fixed["runs"] == swept["runs"] == "3"
-    # 5 x 4 + 4 x 3 x 4 + 4 x 2 x 4 + 4 x 7, and the same with rank 2
     assert (fixed["parameters"], swept["parameters"]) == ("128", "44")
     assert (fixed["final ranks"], swept["final ranks"]) == ("4", "2")
     # deviations of 0.02 (0.10) on both sides of the mean: s = 0.02 (0.10), divided by the square root of 3
