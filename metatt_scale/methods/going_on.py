@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,50 @@ def go_on(model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter) -> str 
     Raises:
         ValueError: no such adapter, or one of another form.
     """
-    assert recipe.adapter.start_from is not None
-    try:
-        folder = adapter_folder(recipe.adapter.start_from)
-        before = _recipe_of(folder)
-        if before.adapter.kind not in INNER_BONDS:
-            raise ValueError(f"it is of kind {before.adapter.kind}; a run goes on from {', '.join(INNER_BONDS)}")
-        if recipe.classifier is not None and bool(before.tasks) != bool(recipe.tasks):
-            raise ValueError(
-                "one of the two runs has `tasks` and the other has not, so nobody knows whose labels its head has; "
-                "give both `tasks`, if only one"
-            )
+    with _naming(recipe):
+        folder, before = _before(recipe)
         old = read_adapter(folder)
         if old.targets != adapter.targets:
             raise ValueError("it stands behind other modules; take its `adapter.target_modules` and backbone")
-        if old.alpha != adapter.alpha:
-            raise ValueError(f"its alpha is {old.alpha}, this recipe's {adapter.alpha}; take the same")
         cores = grown_cores(old.spec, list(old.cores), list(before.tasks), adapter.spec, list(recipe.tasks))
         adapter.set_cores([core.detach().to(place) for core, place in zip(cores, adapter.cores, strict=True)])
         if recipe.classifier is not None:
             _take_head(model, recipe, adapter, _head_of(folder), before)
         return read_description(folder).get("base_model_weights")
+
+
+def check_start(recipe: Recipe) -> None:
+    """Refuse a start from another run as far as the two recipes tell, which takes no time.
+
+    Raises:
+        ValueError: there is no such adapter, or it is of another form.
+    """
+    if recipe.adapter.start_from is not None:
+        with _naming(recipe):
+            _before(recipe)
+
+
+def _before(recipe: Recipe) -> tuple[Path, Recipe]:
+    """Return the folder of the adapter that a recipe goes on with, and its recipe."""
+    assert recipe.adapter.start_from is not None
+    folder = adapter_folder(recipe.adapter.start_from)
+    before = _recipe_of(folder)
+    if before.adapter.kind not in INNER_BONDS:
+        raise ValueError(f"it is of kind {before.adapter.kind}; a run goes on from {', '.join(INNER_BONDS)}")
+    if recipe.classifier is not None and bool(before.tasks) != bool(recipe.tasks):
+        raise ValueError(
+            "one of the two runs has `tasks` and the other has not, so nobody knows whose labels its head has; "
+            "give both `tasks`, if only one"
+        )
+    if before.adapter.alpha != recipe.adapter.alpha:
+        raise ValueError(f"its alpha is {before.adapter.alpha}, this recipe's {recipe.adapter.alpha}; take the same")
+    return folder, before
+
+
+@contextlib.contextmanager
+def _naming(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"adapter.start_from {recipe.adapter.start_from!r}: {error}") from None
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from metatt_scale.adapter import Adapter
 from metatt_scale.data import PreparedData
 from metatt_scale.ending import DivergedError
+from metatt_scale.methods import check_start
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.checkpoint import RunState, list_checkpoints
 from metatt_scale.training.sweep_plan import plan_sweeps
@@ -33,6 +34,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     found = list_checkpoints(folder / "checkpoints")
     if not found:
         _check_no_loss(folder)
+        check_start(recipe)
     if recipe.training.resume == "never" and found:
         raise ValueError(
             f"{folder / 'checkpoints'} holds checkpoints ({found[-1].name}) and training.resume is never; choose "

@@ -134,6 +134,13 @@ def test_another_form_is_refused(tmp_path, change, says):
         make_trainer(toy_recipe(tmp_path, adapter=adapter))
 
 
+def test_a_start_that_is_not_there_is_noticed_before_the_data_are_read(tmp_path):
+    recipe = toy_recipe(tmp_path, adapter={"start_from": "nowhere"})
+    (tmp_path / "data.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"adapter.start_from 'nowhere'.*no such folder"):
+        train(recipe, quiet())
+
+
 def test_other_weights_of_the_same_shapes_are_noticed(tmp_path, caplog):
     first = train(toy_recipe(tmp_path, output_dir=str(tmp_path / "first")), quiet())
     start = {"start_from": str(first.folder)}
