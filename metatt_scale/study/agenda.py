@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from dataclasses import dataclass
 
 from metatt_scale.study.results import Line, Results
 from metatt_scale.study.runs import OpenStudy, Run
 from metatt_scale.study.schema import Choose
+from metatt_scale.study.statistics import DIGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +79,25 @@ def _nothing_finite(arm: str, choose: Choose) -> str:
 
 
 def _choose(opened: OpenStudy, arm: str, trials: list[Line]) -> Line | None:
-    """Return the choice that an arm's trials lead to, of equal ones the first; None where no value has a mean."""
+    """Return the choice that an arm's trials lead to; None where no value has a mean.
+
+    Scores that count right answers are often equal, on few records, where the loss is not: it decides then.
+    """
     choose = opened.study.choose
     assert choose is not None
-    means: dict[str, float | None] = {}
-    for tried in opened.candidates:
-        values = [line["scores"][choose.by]["last"] for line in trials if line["tried"] == tried]
-        means[tried] = None if None in values else statistics.fmean(values)
-    finite = {tried: mean for tried, mean in means.items() if mean is not None}
-    if not finite:
+
+    def mean_of(name: str, tried: str) -> float | None:
+        scores = [line["scores"].get(name, {}).get("last") for line in trials if line["tried"] == tried]
+        return None if None in scores else statistics.fmean(scores)
+
+    means = {tried: mean_of(choose.by, tried) for tried in opened.candidates}
+    sign = -1 if opened.prefers_more(arm, choose.by) else 1
+    ranked: dict[str, tuple[float, float]] = {}
+    for tried, mean in means.items():
+        if mean is not None:
+            loss = mean_of("eval_loss", tried)
+            ranked[tried] = (round(sign * mean, DIGITS), math.inf if loss is None else loss)
+    if not ranked:
         return None
-    best = (max if opened.prefers_more(arm, choose.by) else min)(finite, key=lambda tried: finite[tried])
+    best = min(ranked, key=lambda tried: ranked[tried])
     return {"arm": arm, "chosen": best, "by": choose.by, "means": means}

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from metatt_scale.study.results import Line
-from metatt_scale.study.statistics import Mean, difference
+from metatt_scale.study.statistics import DIGITS, Mean, difference
 
 _MARKS = ("**", "_")
-_DIGITS = 12  # means that differ by less are equal: sums of the same numbers in another order are rounded otherwise
 
 
 def provenance(lines: Iterable[Line]) -> str:
@@ -74,7 +73,7 @@ def number(value: float) -> str:
 
 def marks_of(means: Mapping[str, float], more_is_better: bool) -> dict[str, str]:
     """Return how the two best of some means are marked: equal ones alike."""
-    rounded = {arm: round(mean, _DIGITS) for arm, mean in means.items() if math.isfinite(mean)}
+    rounded = {arm: round(mean, DIGITS) for arm, mean in means.items() if math.isfinite(mean)}
     marks = dict(zip(sorted(set(rounded.values()), reverse=more_is_better), _MARKS, strict=False))
     return {arm: marks[mean] for arm, mean in rounded.items() if mean in marks}
 

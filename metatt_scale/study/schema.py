@@ -30,8 +30,8 @@ class Choose(_Section):
     overrides: tuple[str, ...] = ()
     """Overrides of the trials, after the arm's: they say on which records the trials are scored."""
     by: str = Field(min_length=1)
-    """Key of metrics.jsonl that decides: the value with the best mean over the seeds of its last evaluation. As in
-    `score.metrics`, `headline` is the recipe's own."""
+    """Key of metrics.jsonl that decides: the value with the best mean over the seeds of its last evaluation, of
+    equal ones that of the least eval_loss, else the first. As in `score.metrics`, `headline` is the recipe's own."""
 
 
 class Score(_Section):

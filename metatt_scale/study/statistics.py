@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+DIGITS = 12
+"""Means that differ by less are equal: sums of the same numbers in another order are rounded otherwise."""
 _LEVEL = 0.95
 _ROUNDING = 1e-12  # relative: gains that differ by less are equal, and their t would be rounding over rounding
 

@@ -138,6 +138,17 @@ def test_of_equal_values_the_first_is_chosen(tmp_path, monkeypatch, by):
     assert agenda_of(opened, results).chosen["a"]["chosen"] == "training.learning_rate=0.001"
 
 
+def test_of_equal_scores_the_lesser_loss_is_chosen(tmp_path, monkeypatch):
+    opened = open_study(write_study(tmp_path, monkeypatch, choose={**CHOOSE, "by": "eval_accuracy"}, arms={"a": []}))
+    results, losses = Results(opened.results), dict(zip(opened.candidates, (0.7, 0.6, 0.65), strict=True))
+    for tried, loss in losses.items():
+        for seed in CHOOSE["seeds"]:
+            last = {"eval_accuracy": 0.5, "eval_loss": loss}
+            scores = {name: {"last": value, "best": value, "per_epoch": [value]} for name, value in last.items()}
+            results.append(line(opened.trial("a", tried, seed), scores=scores))
+    assert agenda_of(opened, results).chosen["a"]["chosen"] == opened.candidates[1]
+
+
 @pytest.mark.parametrize("recipes", [None, {"one": "../recipe.yaml"}], ids=["one recipe", "columns"])
 def test_arms_are_compared_seed_by_seed(tmp_path, monkeypatch, recipes):
     keys = {"recipe": None, "recipes": recipes} if recipes else {}
