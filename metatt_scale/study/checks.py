@@ -25,7 +25,7 @@ def _check_own_keys(opened: OpenStudy, path: Path) -> None:
     """Refuse overrides of what the study itself sets."""
     choose = opened.study.choose
     for arm, overrides in opened.arms.items():
-        for override in (*overrides, *(choose.overrides if choose else ())):
+        for override in (*overrides, *opened.trial_overrides(arm)):
             key = override.partition("=")[0].strip()
             if key in OWN_KEYS:
                 remedy = "list seeds under `seeds`" if key == "seed" else "set `runs_dir`"

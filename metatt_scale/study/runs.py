@@ -92,16 +92,23 @@ class OpenStudy:
 
     def trial(self, arm: str, tried: str, seed: int) -> Run:
         """Return the run that tries an override for an arm."""
-        assert self.study.choose is not None
-        overrides = (*self.arms[arm], *self.study.choose.overrides, tried)
+        overrides = (*self.arms[arm], *self.trial_overrides(arm), tried)
         return self._run(arm, seed, overrides, self.runs / arm / "choose" / file_name(tried), tried)
+
+    def trial_overrides(self, arm: str) -> tuple[str, ...]:
+        """Return what an arm's trials have beside its own overrides; nothing where nothing is chosen."""
+        choose = self.study.choose
+        return (*choose.overrides, *choose.columns.get(self._column_of(arm), ())) if choose else ()
 
     def reported(self, arm: str, chosen: str | None, seed: int) -> Run:
         """Return a run that is reported, with the override that its arm has chosen."""
         return self._run(arm, seed, (*self.arms[arm], *([chosen] if chosen else [])), self.runs / arm)
 
+    def _column_of(self, arm: str) -> str:
+        return arm.rpartition("@")[2] if self.study.recipes else ""
+
     def _recipe_of(self, arm: str) -> Path:
-        return self.recipes[arm.rpartition("@")[2] if self.study.recipes else ""]
+        return self.recipes[self._column_of(arm)]
 
     def _run(self, arm: str, seed: int, overrides: tuple[str, ...], folder: Path, tried: str | None = None) -> Run:
         recipe = self._recipe_of(arm)

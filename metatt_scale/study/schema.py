@@ -29,6 +29,8 @@ class Choose(_Section):
     """Seeds of the trials of each value."""
     overrides: tuple[str, ...] = ()
     """Overrides of the trials, after the arm's: they say on which records the trials are scored."""
+    columns: dict[str, tuple[str, ...]] = {}
+    """Of several recipes: more overrides of the trials in a column, such as a length."""
     by: str = Field(min_length=1)
     """Key of metrics.jsonl that decides: the value with the best mean over the seeds of its last evaluation, of
     equal ones that of the least eval_loss, else the first. As in `score.metrics`, `headline` is the recipe's own."""
@@ -105,8 +107,9 @@ class Study(_Section):
             raise ValueError(
                 f"{given} given; name one recipe, or several by their columns, for example `recipes: {{cola: PATH}}`"
             )
-        if unknown := next((name for name in self.columns if name not in self.recipes), None):
-            raise ValueError(f"`columns` has {unknown}, but `recipes` {', '.join(self.recipes) or 'is not given'}")
+        for key, named in (("columns", self.columns), ("choose.columns", self.choose.columns if self.choose else ())):
+            if unknown := next((name for name in named if name not in self.recipes), None):
+                raise ValueError(f"`{key}` has {unknown}, but `recipes` {', '.join(self.recipes) or 'is not given'}")
         if MEAN in self.recipes:
             raise ValueError(f"`recipes` has a column {MEAN}, which is the mean over all of them; call it otherwise")
         if not self.arms and not self.grid:

@@ -55,12 +55,14 @@ def test_arms_are_rows_and_recipes_are_columns(tmp_path, monkeypatch):
 
 
 def test_every_arm_chooses_on_every_recipe(tmp_path, monkeypatch):
-    path = write(tmp_path, monkeypatch, choose={**CHOOSE, "by": "headline"}, arms={"a": []}, seeds=[1])
+    choose = {**CHOOSE, "by": "headline", "columns": {"hard": ["training.max_steps=1"]}}
+    path = write(tmp_path, monkeypatch, choose=choose, arms={"a": []}, seeds=[1])
     code, said = study(path, dry_run=True)
     assert code == 0 and "12 runs are left, and 2 that wait for a choice" in said
     trial = open_study(path).trial("a@hard", "training.learning_rate=0.001", 2)
     assert str(trial.folder) == "runs/studies/toy/a@hard/choose/training.learning_rate=0.001/seed-2"
-    assert trial.overrides[0] == "training.batch_size=8"
+    assert trial.overrides[0] == "training.batch_size=8" and trial.overrides[-2] == "training.max_steps=1"
+    assert "training.max_steps=1" not in open_study(path).trial("a@easy", "training.learning_rate=0.001", 2).overrides
     code, said = study(path)
     chosen = [line for line in lines_of(path) if "chosen" in line]
     assert code == 0 and [(line["arm"], line["by"]) for line in chosen] == [
@@ -108,6 +110,7 @@ def test_what_is_not_finished_has_no_mean(tmp_path, monkeypatch):
         ({"recipe": "../recipe.yaml"}, "both `recipe` and `recipes` are given; name one recipe, or several"),
         ({"recipes": None, "columns": None}, "neither `recipe` nor `recipes` is given"),
         ({"columns": {"cola": []}}, "`columns` has cola, but `recipes` easy, hard"),
+        ({"choose": {**CHOOSE, "columns": {"cola": []}}}, "`choose.columns` has cola, but `recipes` easy, hard"),
         ({"recipes": None, "recipe": "../recipe.yaml"}, "`columns` has hard, but `recipes` is not given"),
         (
             {"columns": None, "recipes": {"mean": "../recipe.yaml"}},
