@@ -20,7 +20,6 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -76,10 +75,10 @@ class _FoldedMatrices(LinearAdapter):
         recipe: Recipe,
         dtype: torch.dtype,
         shapes: list[tuple[tuple[int, int], ...]],
-        biases: Mapping[str, Tensor] = MappingProxyType({}),
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._shapes, self.tensor_rank = shapes, recipe.adapter.loretta.tensor_rank
-        start = dict(biases)
+        start = dict(biases or {})
         for target, pair in zip(target_map.targets, shapes, strict=True):
             for letter, (rows, columns) in zip("AB", pair, strict=True):
                 cores = core_shapes(rows, columns, self.tensor_rank)
@@ -133,12 +132,8 @@ class LorettaAdp(_FoldedMatrices):
     def __init__(self, target_map: TargetMap, recipe: Recipe, dtype: torch.dtype) -> None:
         self.width = recipe.adapter.loretta.bottleneck
         shapes = [((t.d_out, self.width), (self.width, t.d_out)) for t in target_map.targets]
-        biases = {}
-        for target in target_map.targets:
-            biases[f"{target.path}.a"], biases[f"{target.path}.b"] = (
-                torch.zeros(self.width),
-                torch.zeros(target.d_out),
-            )
+        sizes = [(target.path, {"a": self.width, "b": target.d_out}) for target in target_map.targets]
+        biases = {f"{path}.{name}": torch.zeros(n) for path, own in sizes for name, n in own.items()}
         super().__init__(target_map, recipe, dtype, shapes, biases)
 
     def summary(self) -> str:
