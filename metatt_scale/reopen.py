@@ -119,8 +119,7 @@ def reopen(
     description, recipe = read_recipe(folder, backbone)
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
-        head_std = recipe.classifier.init_std if recipe.classifier else None
-        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, recipe.head_outputs, head_std)
+        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, recipe.head_outputs)
     adapter = reload_adapter(folder, model, recipe)
     known = description.get("base_model_weights")
     if isinstance(known, str) and is_other(recipe.backbone, known):

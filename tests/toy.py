@@ -14,6 +14,7 @@ from metatt_scale.data import prepare
 from metatt_scale.methods import build_adapter
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe, validate
+from metatt_scale.training.classifier import head_start
 from metatt_scale.training.loop import Trainer
 
 CPU = torch.device("cpu")
@@ -112,8 +113,9 @@ def said(console: Console) -> str:
 def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> Trainer:
     """The trainer that `train` would make, in any dtype (None: as the recipe says)."""
     tokenizer, classes = byte_tokenizer(), recipe.classifier.labels if recipe.classifier else None
-    head_std = recipe.classifier.init_std if recipe.classifier else None
-    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs, head_std=head_std)
+    data = prepare(recipe.data, tokenizer, recipe.seed, classes=classes, tasks=recipe.tasks)  # type: ignore[arg-type]
+    head = head_start(recipe, data) if recipe.classifier else None
+    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs, head=head)
     if dtype is not None:
         model = model.to(dtype)  # type: ignore[arg-type]
     adapter = build_adapter(model, recipe)
@@ -123,7 +125,7 @@ def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> T
         recipe=recipe,
         model=model,
         adapter=adapter,
-        data=prepare(recipe.data, tokenizer, recipe.seed, classes=classes, tasks=recipe.tasks),
+        data=data,
         inputs="digest",
         pad_token_id=0,
         world=World(device=CPU),

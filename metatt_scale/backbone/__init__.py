@@ -1,7 +1,7 @@
 """The frozen model: where it comes from, how it is stored, how it computes."""
 
 from metatt_scale.backbone.attention import pick_attention
-from metatt_scale.backbone.head import head_tensors, in_head, last_linear
+from metatt_scale.backbone.head import HeadStart, head_tensors, in_head, last_linear
 from metatt_scale.backbone.loading import (
     enable_checkpointing,
     load_backbone,
@@ -15,6 +15,7 @@ from metatt_scale.backbone.units import Engine, compile_layers, find_units
 
 __all__ = [
     "Engine",
+    "HeadStart",
     "Source",
     "byte_tokenizer",
     "compile_layers",

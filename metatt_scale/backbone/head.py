@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStart:
+    """What a head that is made anew starts with, where it is not what the class of the model says."""
+
+    std: float | None = None
+    """Standard deviation of its random weights."""
+    bias_K: Tensor | None = None
+    """Bias of its last linear, one number per output."""
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:

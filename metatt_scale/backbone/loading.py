@@ -30,7 +30,7 @@ from transformers import (
 
 from metatt_scale.backbone.attention import pick_attention
 from metatt_scale.backbone.checkpoint import Checkpoint, Unfit, fetch
-from metatt_scale.backbone.head import in_head
+from metatt_scale.backbone.head import HeadStart, in_head
 from metatt_scale.backbone.quantised import check_shardable
 from metatt_scale.backbone.source import Source, first_line, resolve, why_not
 from metatt_scale.backbone.units import Engine, Weights, bring_in
@@ -67,7 +67,7 @@ def load_backbone(
     seed: int = 0,
     engine: Engine | None = None,
     classes: int | None = None,
-    head_std: float | None = None,
+    head: HeadStart | None = None,
 ) -> PreTrainedModel:
     """Load, quantise and freeze the model of a recipe, whole or (with an engine) one shard of it.
 
@@ -82,7 +82,7 @@ def load_backbone(
         engine: cuts the model among processes; all of them call this together.
         classes: put a head for so many classes on an encoder, for one number if 1; what the files lack of it is
             random.
-        head_std: standard deviation of that; the model's own when None.
+        head: what that starts with; as the model's class says when None.
 
     Raises:
         ValueError: nothing loadable at `backbone.path`, or an option this machine or the engine cannot serve.
@@ -95,12 +95,12 @@ def load_backbone(
     weights: Weights | None = None
     if source.kind == "random":
         model = _random_shapes(recipe, source, options, classes)
-        weights = Weights(model, None, seed, head_std)
+        weights = Weights(model, None, seed, head)
     elif classes is None and (engine is None or source.kind == "gguf"):
         model = _load_weights(recipe, source, options)
     else:  # also a classifier's head comes from `Weights`: it has to follow from the seed
         model, checkpoint = _open_weights(recipe, source, options, classes)
-        weights = Weights(model, checkpoint, seed, head_std)
+        weights = Weights(model, checkpoint, seed, head)
     bring_in(model, weights, recipe, device, engine)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)

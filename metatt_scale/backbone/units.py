@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
 from metatt_scale.backbone.checkpoint import Checkpoint, tied_names
-from metatt_scale.backbone.head import in_head
+from metatt_scale.backbone.head import HeadStart, in_head, last_linear
 from metatt_scale.backbone.quantised import linears_to_pack, pack
 from metatt_scale.recipe import BackboneRecipe
 
@@ -164,16 +164,16 @@ class Weights:
 
     What a checkpoint lacks is initialised as the model's class says, each module from a seed of its own that follows
     from (seed, module path): the values do not depend on the order of loading, the engine or the number of ranks.
-    `head_std` replaces the standard deviation in the head of an encoder.
+    `head` says otherwise of the head of an encoder.
     """
 
     def __init__(
-        self, model: PreTrainedModel, checkpoint: Checkpoint | None, seed: int, head_std: float | None = None
+        self, model: PreTrainedModel, checkpoint: Checkpoint | None, seed: int, head: HeadStart | None = None
     ) -> None:
         self._model = model
         self._checkpoint = checkpoint
         self._seed = seed
-        self._head_std = head_std
+        self._head = head or HeadStart()
         self._tied = tied_names(model)
         self._stored = set(model.state_dict())
         self._made: dict[str, nn.Parameter] = {}
@@ -220,9 +220,10 @@ class Weights:
                 digest = hashlib.sha256(f"{self._seed} {path}".encode()).digest()
                 torch.default_generator.manual_seed(int.from_bytes(digest[:4], "little"))
                 owner = _nearest(owners, path)
-                std = self._head_std if in_head(self._model, path) else None
+                std = self._head.std if in_head(self._model, path) else None
                 with _initialising_with(owner.config, std):
                     owner._init_weights(module)
+                self._start_bias(path, module)
                 for name, tensor in module.named_parameters(recurse=False):
                     if (f"{path}.{name}" if path else name) in self._tied:
                         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # once, not once per name
@@ -233,6 +234,18 @@ class Weights:
                         f"backbone: {type(self._model).__name__} does not say how {path}.{name} is initialised, so "
                         "it cannot be loaded layer by layer; set parallel.backbone: replicate and give files"
                     )
+
+    def _start_bias(self, path: str, module: nn.Module) -> None:
+        """Give the last linear of a new head the bias that it was to start with."""
+        if self._head.bias_K is None or path != last_linear(self._stored):
+            return
+        if not isinstance(module.bias, nn.Parameter):
+            raise ValueError(
+                f"classifier.init_bias is labels, but {path} of {type(self._model).__name__} has no bias; leave "
+                "init_bias out"
+            )
+        if not getattr(module.bias, "_is_hf_initialized", False):  # what the files hold stays
+            module.bias.copy_(self._head.bias_K)
 
 
 @contextlib.contextmanager

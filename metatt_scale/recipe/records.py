@@ -67,6 +67,10 @@ class ClassifierRecipe(Labels):
     """Standard deviation of the head's random weights (what the files hold stays); the model's own, mostly 0.02, when
     absent. The head is frozen and what it reads is normalised, so this bounds every logit: too small, and nothing can
     be learnt."""
+    init_bias: Literal["zero", "labels"] = "zero"
+    """Where the bias of a random head starts. `labels`: at what the training labels are on average (the mean of
+    numbers, the log of each class's share). From `zero` (paper) the adapter of a frozen head first learns to say that
+    to every example alike, and the chain, whose cores all layers share, may take epochs to come back from there."""
     head: Literal["frozen", "trained"] = "frozen"
     """Keep the head at its start, random numbers that follow from `seed` (paper), or train it: in fp32 beside the
     adapter, on every rank."""

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from metatt_scale.data import IGNORE, Batch, TokenTable
+from metatt_scale.backbone import HeadStart
+from metatt_scale.data import IGNORE, Batch, PreparedData, TokenTable
 from metatt_scale.device import to_device
 from metatt_scale.parallel import World
-from metatt_scale.recipe import Labels, label_rows
+from metatt_scale.recipe import Labels, Recipe, label_rows
 from metatt_scale.training.class_scores import class_scores, number_scores
 from metatt_scale.training.loss import task_weights
 
@@ -41,6 +42,36 @@ def number_loss(predicted_B: Tensor, values_B: Tensor) -> Tensor:
 
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def head_start(recipe: Recipe, data: PreparedData) -> HeadStart:
+    """Return what the recipe has a new head start with; its bias, where that is of the labels, as `label_means`."""
+    assert recipe.classifier is not None
+    bias_K = label_means(data, recipe.label_sets) if recipe.classifier.init_bias == "labels" else None
+    return HeadStart(std=recipe.classifier.init_std, bias_K=bias_K)
+
+
+def label_means(data: PreparedData, label_sets: Mapping[str, Labels]) -> Tensor:
+    """Return the (K,) outputs that are right on average of what an epoch trains on, tasks side by side.
+
+    Of numbers their mean; of C classes log((n_c + 1) / (N + C)) less its own mean over the classes, which is 0 where
+    all are as frequent, and finite for one that training never meets.
+    """
+    table, places = data.table, np.concatenate(data.train.members)
+    weights_N = np.repeat(data.train.weights, [len(it) for it in data.train.members])
+    outputs = []
+    for task, labels in enumerate(label_sets.values()):
+        of_task_N = np.ones(len(places), bool) if table.tasks is None else table.tasks[places] == task
+        own, weights = places[of_task_N], weights_N[of_task_N]
+        if labels.is_regression:
+            assert table.values is not None
+            outputs.append([np.average(table.values[own], weights=weights)])
+            continue
+        assert table.classes is not None
+        counts_C = np.bincount(table.classes[own], weights, minlength=labels.labels or 0)
+        logs_C = np.log(counts_C + 1)
+        outputs.append(logs_C - logs_C.mean())
+    return torch.from_numpy(np.concatenate(outputs))
 
 
 def logits_of(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:

@@ -52,6 +52,7 @@ from metatt_scale.training.checks import (
     check_writable,
     only_run,
 )
+from metatt_scale.training.classifier import head_start
 from metatt_scale.training.loop import Trainer
 from metatt_scale.training.metrics import check_trackers
 
@@ -133,8 +134,8 @@ def _assemble(
     _check_agreement(world, recipe, data, weights)
     with console.status("loading the backbone"):
         engine = make_engine(world, launch, recipe)
-        head_std = recipe.classifier.init_std if recipe.classifier else None
-        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head_std)
+        head = head_start(recipe, data) if recipe.classifier else None
+        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head)
     check_trainable(model, data)
     resumes, _ = world.from_first(lambda: (bool(checkpoint.list_checkpoints(folder / "checkpoints")), {}))
     adapter = build_adapter(model, recipe, world, engine, resumes=bool(resumes))

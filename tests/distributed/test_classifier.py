@@ -15,7 +15,10 @@ SCORES = {1: ("eval_loss", "eval_pearson", "eval_spearman"), 2: ("eval_loss", "e
 @pytest.mark.parametrize(("strategy", "labels"), [("replicate", 1), ("replicate", 2), ("fsdp2", 2)])
 def test_two_ranks_train_and_score_as_one(tmp_path, strategy, labels):
     def recipe(name, parallel):
-        same = {"training": {"micro_batch_size": 4, "max_steps": 3}, "classifier": {"labels": labels}}
+        same = {
+            "training": {"micro_batch_size": 4, "max_steps": 3},
+            "classifier": {"labels": labels, "init_bias": "labels"},
+        }
         config, target = {**BERT, **UNDROPPED}, str(tmp_path / name)
         return toy_classifier(tmp_path, config=config, output_dir=target, parallel=parallel, **same)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metatt_scale.adapter import load_adapter
-from metatt_scale.backbone import head_tensors, load_backbone, resolve
+from metatt_scale.backbone import HeadStart, head_tensors, load_backbone, resolve
 from metatt_scale.cli import main
 from metatt_scale.data import IGNORE, collate, micro_batches
 from metatt_scale.recipe import BackboneRecipe
@@ -145,7 +145,7 @@ def test_the_spread_of_the_heads_random_weights_can_be_given(tmp_path, config, f
         whole: Any = load_backbone(backbone, CPU, 0, classes=2)
         whole.base_model.save_pretrained(tmp_path / "files")
         backbone = BackboneRecipe(path=str(tmp_path / "files"), dtype="float32")
-    usual, wide = (load_backbone(backbone, CPU, 1, classes=2, head_std=std) for std in (None, 0.5))
+    usual, wide = (load_backbone(backbone, CPU, 1, classes=2, head=HeadStart(std)) for std in (None, 0.5))
     assert usual.config.initializer_range == wide.config.initializer_range
     kept = {"bert.pooler.dense.weight"} if from_files else set()  # what the files hold
     for name, weight in usual.named_parameters():
