@@ -109,6 +109,8 @@ class _Invocation:
         if not self._agenda.left:
             return 1 if self._agenda.undecided else 0
         self._machine = machine()
+        jobs, logs = self._opened.study.jobs, self._opened.runs / "ARM" / "seed-SEED" / "log.txt"
+        self._console.print(f"{self._outlook()}; {jobs} at a time, what a run says stands in {logs}")
         with self._signals():
             try:
                 while self._start_what_fits() or self._children:
@@ -224,8 +226,10 @@ class _Invocation:
 
     def _outlook(self) -> str:
         n, seconds = len(self._agenda.left) + self._agenda.later, self._results.seconds
-        left = sum(seconds) / len(seconds) * n / self._opened.study.jobs
-        return f"{n} left, about {_duration(left)}" if n else "none left"
+        if not n:
+            return "none left"
+        left = sum(seconds) / len(seconds) * n / self._opened.study.jobs if seconds else None
+        return f"{n} left" + (f", about {_duration(left)}" if left else "")
 
     def _take_leave(self) -> None:
         for why in self._agenda.undecided.values():
