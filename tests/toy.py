@@ -114,7 +114,7 @@ def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> T
     """The trainer that `train` would make, in any dtype (None: as the recipe says)."""
     tokenizer, classes = byte_tokenizer(), recipe.classifier.labels if recipe.classifier else None
     data = prepare(recipe.data, tokenizer, recipe.seed, classes=classes, tasks=recipe.tasks)  # type: ignore[arg-type]
-    head = head_start(recipe, data) if recipe.classifier else None
+    head = head_start(recipe, data)
     model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs, head=head)
     if dtype is not None:
         model = model.to(dtype)  # type: ignore[arg-type]

@@ -239,11 +239,7 @@ class Weights:
         """Give the last linear of a new head the bias that it was to start with."""
         if self._head.bias_K is None or path != last_linear(self._stored):
             return
-        if not isinstance(module.bias, nn.Parameter):
-            raise ValueError(
-                f"classifier.init_bias is labels, but {path} of {type(self._model).__name__} has no bias; leave "
-                "init_bias out"
-            )
+        assert isinstance(module.bias, nn.Parameter)  # heads of BERT and RoBERTa have one
         if not getattr(module.bias, "_is_hf_initialized", False):  # what the files hold stays
             module.bias.copy_(self._head.bias_K)
 

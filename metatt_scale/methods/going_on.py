@@ -104,7 +104,7 @@ def _head_of(folder: Path) -> Mapping[str, Tensor]:
 def _take_head(
     model: PreTrainedModel, recipe: Recipe, adapter: ChainAdapter, old: Mapping[str, Tensor], before: Recipe
 ) -> None:
-    """Copy what the old head has for the tasks of both runs; a new task keeps the random start of its rows."""
+    """Copy what the old head has for the tasks of both runs; a new task keeps the start of its rows."""
     parameters: dict[str, Any] = dict(model.named_parameters())
     own = head_tensors(model) if adapter.head is None else adapter.head.named("")
     ours, theirs, last = label_rows(recipe.label_sets), label_rows(before.label_sets), last_linear(old)

@@ -70,7 +70,8 @@ class ClassifierRecipe(Labels):
     init_bias: Literal["zero", "labels"] = "zero"
     """Where the bias of a random head starts. `labels`: at what the training labels are on average (the mean of
     numbers, the log of each class's share). From `zero` (paper) the adapter of a frozen head first learns to say that
-    to every example alike, and the chain, whose cores all layers share, may take epochs to come back from there."""
+    to every example alike, and the chain, whose cores all layers share, may take epochs to come back from there.
+    What the files or `adapter.start_from` hold stays."""
     head: Literal["frozen", "trained"] = "frozen"
     """Keep the head at its start, random numbers that follow from `seed` (paper), or train it: in fp32 beside the
     adapter, on every rank."""

@@ -109,8 +109,8 @@ class _Invocation:
         if not self._agenda.left:
             return 1 if self._agenda.undecided else 0
         self._machine = machine()
-        jobs, logs = self._opened.study.jobs, self._opened.runs / "ARM" / "seed-SEED" / "log.txt"
-        self._console.print(f"{self._outlook()}; {jobs} at a time, what a run says stands in {logs}")
+        jobs, runs = self._opened.study.jobs, self._opened.runs
+        self._console.print(f"{self._outlook()}; {jobs} at a time, each with a log.txt below {runs}")
         with self._signals():
             try:
                 while self._start_what_fits() or self._children:
@@ -228,8 +228,9 @@ class _Invocation:
         n, seconds = len(self._agenda.left) + self._agenda.later, self._results.seconds
         if not n:
             return "none left"
-        left = sum(seconds) / len(seconds) * n / self._opened.study.jobs if seconds else None
-        return f"{n} left" + (f", about {_duration(left)}" if left else "")
+        if not seconds:
+            return f"{n} left"
+        return f"{n} left, about {_duration(sum(seconds) / len(seconds) * n / self._opened.study.jobs)}"
 
     def _take_leave(self) -> None:
         for why in self._agenda.undecided.values():

@@ -44,9 +44,10 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def head_start(recipe: Recipe, data: PreparedData) -> HeadStart:
-    """Return what the recipe has a new head start with; its bias, where that is of the labels, as `label_means`."""
-    assert recipe.classifier is not None
+def head_start(recipe: Recipe, data: PreparedData) -> HeadStart | None:
+    """Return what a classifier's new head starts with; its bias, where that is of the labels, as `label_means`."""
+    if recipe.classifier is None:
+        return None
     bias_K = label_means(data, recipe.label_sets) if recipe.classifier.init_bias == "labels" else None
     return HeadStart(std=recipe.classifier.init_std, bias_K=bias_K)
 
@@ -55,14 +56,15 @@ def label_means(data: PreparedData, label_sets: Mapping[str, Labels]) -> Tensor:
     """Return the (K,) outputs that are right on average of what an epoch trains on, tasks side by side.
 
     Of numbers their mean; of C classes log((n_c + 1) / (N + C)) less its own mean over the classes, which is 0 where
-    all are as frequent, and finite for one that training never meets.
+    all are as frequent, and finite for one that training never meets. Sources count by their weights, N being the
+    number of a task's records whatever those are: a cap on what is drawn of them leaves the shares as they are.
     """
     table, places = data.table, np.concatenate(data.train.members)
     weights_N = np.repeat(data.train.weights, [len(it) for it in data.train.members])
     outputs = []
     for task, labels in enumerate(label_sets.values()):
         of_task_N = np.ones(len(places), bool) if table.tasks is None else table.tasks[places] == task
-        own, weights = places[of_task_N], weights_N[of_task_N]
+        own, weights = places[of_task_N], weights_N[of_task_N] / weights_N[of_task_N].mean()
         if labels.is_regression:
             assert table.values is not None
             outputs.append([np.average(table.values[own], weights=weights)])

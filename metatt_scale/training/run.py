@@ -134,8 +134,9 @@ def _assemble(
     _check_agreement(world, recipe, data, weights)
     with console.status("loading the backbone"):
         engine = make_engine(world, launch, recipe)
-        head = head_start(recipe, data) if recipe.classifier else None
-        model = load_backbone(recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head)
+        model = load_backbone(
+            recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head_start(recipe, data)
+        )
     check_trainable(model, data)
     resumes, _ = world.from_first(lambda: (bool(checkpoint.list_checkpoints(folder / "checkpoints")), {}))
     adapter = build_adapter(model, recipe, world, engine, resumes=bool(resumes))

@@ -36,7 +36,7 @@ def test_all_runs_end_in_one_table(tmp_path, monkeypatch):
     path = write_study(tmp_path, monkeypatch, compare=[["rank4", "rank2"]], jobs=3)
     code, said = study(path)
     assert code == 0 and "rank4, seed 1: eval_accuracy 0.0410 (best 0.0910); 0:00:0" in said and "none left" in said
-    assert re.match(r"6 left; 3 at a time, what a run says stands in .*ARM/seed-SEED/log.txt\n", said)
+    assert re.match(r"6 left; 3 at a time, each with a log.txt below .*\n", said)
     lines = lines_of(path)
     assert len(lines) == 6 and {(line["arm"], line["seed"]) for line in lines} == {
         (arm, seed) for arm in ("rank2", "rank4") for seed in (1, 2, 3)
