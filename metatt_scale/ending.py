@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import signal
 import sys
 from typing import NoReturn
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that end a run after a whole, saved step; the first that any rank received counts."""
 DIVERGED = 3
 """Exit code of a run whose loss was not finite any more: a result, which a study counts, where 2 is a mistake."""
 

@@ -151,7 +151,7 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
 
 
 def model_card(
-    source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str, task: int | None = None
+    source: Path, description: dict[str, Any], recipe: Recipe, to: str, merge_base: str, task: int | None
 ) -> str:
     """Return the README of an export: base, recipe, data, counts and the scores on record."""
     form = "VeRA" if recipe.adapter.kind == "vera" else "LoRA"

@@ -37,9 +37,9 @@ def score_run(
     settings: EvaluationRecipe,
     console: Console,
     *,
-    backbone: Mapping[str, Any] | None = None,
-    zero_shot: bool = False,
-    task: str | None = None,
+    backbone: Mapping[str, Any] | None,
+    zero_shot: bool,
+    task: str | None,
 ) -> dict[str, dict[str, TaskScore]]:
     """Score a run directory or adapter folder; results.json in the run directory keeps every finished task.
 

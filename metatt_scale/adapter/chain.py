@@ -107,10 +107,6 @@ class ChainAdapter(Adapter):
         sizes = " x ".join(f"{mode} {size}" for mode, size in zip(self.spec.modes, self.spec.sizes, strict=True))
         return f"chain {sizes}; ranks {', '.join(map(str, self.spec.ranks))}"
 
-    def extra_repr(self) -> str:
-        """Modes, sizes and ranks for print(adapter)."""
-        return ", ".join(f"{key}={value}" for key, value in self.describe().items())
-
     # ---- the same as plain matrices
 
     @torch.no_grad()

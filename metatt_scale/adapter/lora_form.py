@@ -16,13 +16,14 @@ from torch import Tensor
 from metatt_scale.adapter.base import Adapter
 
 
-def peft_config(adapter: Adapter, base_model: str, head: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def peft_config(adapter: Adapter, base_model: str, head: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """Return PEFT's adapter_config.json for these factors (lora_alpha = alpha r, since PEFT divides by r).
 
     Args:
         adapter: one that has a LoRA form, or one of its own in PEFT.
         base_model: where PEFT's users find the backbone.
-        head: tensors of a classifier's head by name, whose modules PEFT replaces by those of the folder.
+        head: tensors of a classifier's head by name, where the adapter has one; PEFT takes their modules from the
+            folder.
     """
     # PEFT has no task type for masked language models, and its wrapper for causal ones fails on them.
     causal = not adapter.targets[0].path.startswith(("bert.", "roberta."))
@@ -56,7 +57,7 @@ def _head_module(name: str) -> str:
     return before + "pooler" if pooler else name.partition(".")[0]
 
 
-def peft_state(adapter: Adapter, head: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def peft_state(adapter: Adapter, head: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return the tensors of PEFT's adapter_model.safetensors, those of a classifier's head among them."""
     state = {f"base_model.model.{name}": value for name, value in (head or {}).items()}
     own = adapter.own_peft_form()

@@ -96,16 +96,16 @@ def project(x: Tensor, a_leaf: Tensor, a_IP: Tensor) -> Tensor:
     return h
 
 
-def add_folded(y: Tensor, h: Tensor, m_leaf: Tensor, m_PO: Tensor, *, in_place: bool = True) -> Tensor:
-    """Return y + h M (written into y unless told otherwise), differentiable in y, h and the leaf behind M."""
+def add_folded(y: Tensor, h: Tensor, m_leaf: Tensor, m_PO: Tensor, *, in_place: bool) -> Tensor:
+    """Return y + h M (written into y where `in_place`), differentiable in y, h and the leaf behind M."""
     result: Tensor = _AddFolded.apply(y, h, m_leaf, m_PO, in_place)  # type: ignore[assignment]
     return result
 
 
 def add_thin_first(
-    y: Tensor, h: Tensor, c_leaf: Tensor, b_leaf: Tensor, c_PQ: Tensor, b_QO: Tensor, *, in_place: bool = True
+    y: Tensor, h: Tensor, c_leaf: Tensor, b_leaf: Tensor, c_PQ: Tensor, b_QO: Tensor, *, in_place: bool
 ) -> Tensor:
-    """Return y + (h C) B, written into y unless told otherwise; differentiable in y, h and the leaves of C and B."""
+    """Return y + (h C) B, written into y where `in_place`; differentiable in y, h and the leaves of C and B."""
     result: Tensor = _AddThinFirst.apply(y, h, c_leaf, b_leaf, c_PQ, b_QO, in_place)  # type: ignore[assignment]
     return result
 

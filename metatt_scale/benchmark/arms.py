@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from metatt_scale.adapter import find_targets, inject
 from metatt_scale.benchmark.memory import held_bytes
 from metatt_scale.data import IGNORE, Batch
+from metatt_scale.methods.peft_methods import import_peft
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.loss import token_loss_sum
 
@@ -194,16 +195,3 @@ def _tell_peft(model: PreTrainedModel, recipe: Recipe) -> None:
     if recipe.backbone.quantization != "none":
         bits = "8bit" if recipe.backbone.quantization == "int8" else "4bit"
         setattr(model, f"is_loaded_in_{bits}", True)
-
-
-def import_peft() -> Any:
-    """Return PEFT; tables call this first, before a backbone is loaded in vain.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("the benchmark compares with PEFT, which is not installed; run `pip install peft`") from None
-    return peft

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
-from metatt_scale.benchmark.arms import LORA_RANKS, import_peft
+from metatt_scale.benchmark.arms import LORA_RANKS
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import progress, ratios, seconds_of, turns
 from metatt_scale.benchmark.trainers import Job, has_trl, ours, peft_trainer, trl_trainer
 from metatt_scale.benchmark.turns import LoopInTurns, Pause
 from metatt_scale.data import prepare
+from metatt_scale.methods.peft_methods import import_peft
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.checks import check_trainable
 

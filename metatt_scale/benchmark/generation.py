@@ -19,7 +19,6 @@ from metatt_scale.benchmark.arms import (
     LORA_ALPHA,
     LORA_RANKS,
     chain_recipe,
-    import_peft,
     put_lora,
     random_batch,
     twin,
@@ -27,6 +26,7 @@ from metatt_scale.benchmark.arms import (
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, take_turns
+from metatt_scale.methods.peft_methods import import_peft
 from metatt_scale.recipe import Recipe
 
 BASE = "base"

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from metatt_scale.backbone import load_backbone, pick_device
-from metatt_scale.benchmark.arms import FROZEN, TASKS, Arm, Work, builders, import_peft, random_batch, twin
+from metatt_scale.benchmark.arms import FROZEN, TASKS, Arm, Work, builders, random_batch, twin
 from metatt_scale.benchmark.memory import peak_bytes
 from metatt_scale.benchmark.report import (
     Report,
@@ -20,6 +20,7 @@ from metatt_scale.benchmark.report import (
 )
 from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, take_turns
+from metatt_scale.methods.peft_methods import import_peft
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.checks import check_causal, learned_positions
 from metatt_scale.training.start import try_head

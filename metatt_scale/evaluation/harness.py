@@ -41,7 +41,6 @@ def evaluate(
     fingerprint: str,
     *,
     world: World | None = None,
-    tasks_folder: Path | None = None,
 ) -> dict[str, TaskScore]:
     """Score `model` on the tasks of `settings` and return {task: score} in their order.
 
@@ -55,10 +54,9 @@ def evaluate(
         tokenizer: its tokenizer (not changed).
         settings: tasks, data folder, limit, batch size.
         results: JSON file that scores are kept in.
-        label: name under which this model's scores are kept, for example "zero-shot".
+        label: name under which this model's scores are kept, for example "zero_shot".
         fingerprint: identifies backbone and adapter; another one makes old scores void.
         world: the ranks of the job; this process alone when absent.
-        tasks_folder: task files in the harness's format; `recipes/tasks` of the checkout when absent.
 
     Raises:
         ValueError: unknown task, missing or broken data, unreachable hub.
@@ -67,11 +65,11 @@ def evaluate(
     wanted = list(dict.fromkeys(settings.tasks))
     generated = [task for task in wanted if task.startswith(PREFIX)]
     keys = task_keys(generated, settings, fingerprint)
-    keys |= {task: _key(task, settings, fingerprint, tasks_folder) for task in wanted if task not in keys}
+    keys |= {task: _key(task, settings, fingerprint) for task in wanted if task not in keys}
     scores = _known(results, label, keys, world)
     pending = [task for task in wanted if task not in scores]
     with quiet_harness(), task_progress(len(pending), shown=world.is_first) as start, evaluation_mode(model):
-        jobs = {task: _job(task, model, tokenizer, settings, world, tasks_folder) for task in pending}
+        jobs = {task: _job(task, model, tokenizer, settings, world) for task in pending}
         for task, (metric, answer) in jobs.items():
             begin = time.perf_counter()
             samples = answer(start)
@@ -101,7 +99,6 @@ def _job(
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationRecipe,
     world: World,
-    folder: Path | None,
 ) -> tuple[str, Answer]:
     """Return the metric a task is reported by, and what asks its questions."""
     if task.startswith(PREFIX):
@@ -109,16 +106,16 @@ def _job(
         return "acc", lambda start: generated_answers(
             model, tokenizer, records, settings.batch_size, world, start(task, len(records))
         )
-    harness_task, metric = definitions.build_task(task, settings.data, settings.limit, folder)
+    harness_task, metric = definitions.build_task(task, settings.data, settings.limit)
     return metric, lambda start: _answers(model, tokenizer, task, harness_task, settings, world, start)
 
 
-def _key(task: str, settings: EvaluationRecipe, fingerprint: str, folder: Path | None) -> Key:
+def _key(task: str, settings: EvaluationRecipe, fingerprint: str) -> Key:
     return {
         "fingerprint": fingerprint,
         "limit": settings.limit,
         "data": definitions.data_key(task, settings.data),
-        "definition": definitions.definition_key(task, folder),
+        "definition": definitions.definition_key(task),
         "lm_eval": package_version("lm_eval"),
     }
 

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Advance = Callable[[int], None]
 """Called with the number of requests answered since the last call."""
-StartTask = Callable[[str, int | None], Advance]
-"""Called with a task's name and its number of requests (None: not known yet)."""
+StartTask = Callable[[str, int], Advance]
+"""Called with a task's name and its number of requests."""
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def task_progress(n_tasks: int, *, shown: bool) -> Iterator[StartTask]:
         bar = progress.add_task("", total=None)
         started = 0
 
-        def start(name: str, total: int | None) -> Advance:
+        def start(name: str, total: int) -> Advance:
             nonlocal started
             started += 1
             progress.reset(bar, description=f"{started}/{n_tasks} {name}", total=total)

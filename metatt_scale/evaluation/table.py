@@ -9,9 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from metatt_scale.evaluation.llm_adapters import PREFIX
 from metatt_scale.evaluation.scores import TaskScore, paired_difference
-
-_GENERATED = "llm_adapters/"
 
 
 def score_table(scores_by_label: Mapping[str, Mapping[str, TaskScore]]) -> Table:
@@ -41,8 +40,8 @@ def score_table(scores_by_label: Mapping[str, Mapping[str, TaskScore]]) -> Table
     if len(labels) > 1:
         table.add_column("difference", justify="right", no_wrap=True)
     columns = [scores_by_label[label] for label in labels]
-    harness = [task for task in common if not task.startswith(_GENERATED)]
-    generated = [task for task in common if task.startswith(_GENERATED)]
+    harness = [task for task in common if not task.startswith(PREFIX)]
+    generated = [task for task in common if task.startswith(PREFIX)]
     _add_part(table.add_row, table.add_section, harness, columns)
     if generated:
         table.add_row(Text("generated answers", style="italic"))
@@ -58,12 +57,12 @@ def _add_part(
     tasks: list[str],
     columns: list[Mapping[str, TaskScore]],
 ) -> None:
-    shown = ("acc", "unparsable") if tasks and tasks[0].startswith(_GENERATED) else ("acc", "acc_norm")
+    shown = ("acc", "unparsable") if tasks and tasks[0].startswith(PREFIX) else ("acc", "acc_norm")
     for task in tasks:
         first = columns[0][task]
         for metric in (m for m in shown if all(m in column[task].samples for column in columns)):
             star = " *" if metric == first.metric and len(first.samples) > 1 and metric in ("acc", "acc_norm") else ""
-            head = (task.removeprefix(_GENERATED), str(first.n)) if metric == shown[0] else ("", "")
+            head = (task.removeprefix(PREFIX), str(first.n)) if metric == shown[0] else ("", "")
             add_row(*head, metric + star, *_cells([task], columns, metric))
     if len(tasks) > 1:
         add_section()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -66,12 +65,10 @@ def read_records(path: Path) -> list[tuple[Record, str]]:
     return found
 
 
-def definition_key(task: str, folder: Path | None = None) -> str:
+def definition_key(task: str) -> str:
     """Return what names a task's definition: the SHA-256 of its task file, or "lm_eval" for the harness's own."""
-    path = (folder or TASKS_FOLDER) / f"{task}.yaml"
-    if not path.is_file():
-        return "lm_eval"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    path = TASKS_FOLDER / f"{task}.yaml"
+    return sha256(path) if path.is_file() else "lm_eval"
 
 
 def data_key(task: str, folder: str | None) -> str:
@@ -79,21 +76,20 @@ def data_key(task: str, folder: str | None) -> str:
     return "hub" if folder is None else sha256(data_file(folder, task))
 
 
-def build_task(task: str, data: str | None, limit: int | None, folder: Path | None = None) -> tuple[Any, str]:
+def build_task(task: str, data: str | None, limit: int | None) -> tuple[Any, str]:
     """Return the harness's task object, scoring both `acc` and `acc_norm`, and the metric it lists itself.
 
     Args:
         task: name of a task file or of a task of the harness.
         data: folder of local questions; the hub when absent.
         limit: number of questions that will be asked (those are checked here).
-        folder: task files; `recipes/tasks` of the checkout when absent.
 
     Raises:
         ValueError: unknown or not a multiple choice task, questions that do not fit it, or an unreachable hub.
     """
     from lm_eval.api.task import ConfigurableTask
 
-    config = load_definition(task, folder or TASKS_FOLDER)
+    config = load_definition(task, TASKS_FOLDER)
     if config.get("output_type") != "multiple_choice" or "process_results" in config or "class" in config:
         raise ValueError(
             f"task {task!r} is not a plain multiple choice task (output_type {config.get('output_type')!r}); "

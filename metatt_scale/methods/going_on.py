@@ -72,8 +72,8 @@ def _before(recipe: Recipe) -> tuple[Path, Recipe]:
         raise ValueError(f"it is of kind {before.adapter.kind}; a run goes on from {', '.join(INNER_BONDS)}")
     if recipe.classifier is not None and bool(before.tasks) != bool(recipe.tasks):
         raise ValueError(
-            "one of the two runs has `tasks` and the other has not, so nobody knows whose labels its head has; "
-            "give both `tasks`, if only one"
+            "one of the two runs has `tasks` and the other does not, so the labels of its head cannot be matched; "
+            "give both `tasks`, even if there is only one"
         )
     if before.adapter.alpha != recipe.adapter.alpha:
         raise ValueError(f"its alpha is {before.adapter.alpha}, this recipe's {recipe.adapter.alpha}; take the same")

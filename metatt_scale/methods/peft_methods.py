@@ -40,8 +40,8 @@ def import_peft() -> Any:
         import peft
     except ImportError:
         raise ValueError(
-            "adapter.kind lora, vera and adalora are computed by PEFT, which is not installed; run `pip install "
-            "metatt-scale[peft]`"
+            "adapter.kind lora, vera and adalora, and the benchmark, need PEFT, which is not installed; run `pip "
+            "install metatt-scale[peft]`"
         ) from None
     return peft
 

@@ -145,7 +145,7 @@ def _read_config(file: str) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise TypeError("not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{file}: no DeepSpeed JSON ({error}); see ds_configs/ for examples") from None
+        raise RecipeError(f"{file}: not a DeepSpeed JSON file ({error}); see ds_configs/ for examples") from None
     for path in ("zero_optimization", "zero_optimization.offload_param", "bf16", "fp16"):
         parent, _, name = path.rpartition(".")
         section = (config.get(parent, {}) if parent else config).get(name, {})

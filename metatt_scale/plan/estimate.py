@@ -32,10 +32,7 @@ class Machine:
     """Positions per example whose next token is a target; all but the first where None."""
 
 
-_ONE_GPU = Machine()
-
-
-def plan(recipe: Recipe, machine: Machine = _ONE_GPU) -> dict[str, Any]:
+def plan(recipe: Recipe, machine: Machine) -> dict[str, Any]:
     """Return what a recipe trains and what that takes; bytes are of one rank, times are estimates in seconds.
 
     The estimates are for chains. Of other kinds of adapters the counts are all there is.

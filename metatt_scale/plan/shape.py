@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from metatt_scale.adapter import ChainSpec, TargetMap, chain_spec, find_targets, head_dim_of
 from metatt_scale.adapter.targets import is_linear, widths
 from metatt_scale.backbone import load_skeleton
-from metatt_scale.backbone.head import in_head
 from metatt_scale.backbone.quantised import linears_to_pack
 from metatt_scale.backbone.units import find_units
 from metatt_scale.recipe import BackboneRecipe, Recipe
@@ -76,10 +75,6 @@ class ModelShape:
     units: tuple[Unit, ...]
     buffer_bytes: int
     """Rotary frequencies and the like: on every rank."""
-    parameters: int
-    """Frozen values, without those of a classifier's head."""
-    head_parameters: int
-    """Frozen values of a classifier's head (with the pooler, where it has one); 0 for a language model."""
     target_map: TargetMap
     spec: ChainSpec
 
@@ -106,7 +101,6 @@ def read_shape(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelSha
     heads = config.num_attention_heads
     query = heads * (head_dim_of(model) or config.hidden_size // heads)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head = sum(p.numel() for name, p in model.named_parameters() if labels and in_head(model, name))
     llama = config.model_type in _LLAMA_MODELS and names >= _LLAMA_LIKE
     return ModelShape(
         family="llama" if llama else "generic",
@@ -123,8 +117,6 @@ def read_shape(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelSha
         layer_parameters=sum(d_in * d_out for d_in, d_out in linears.values()),
         units=units,
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
-        parameters=sum(parameter.numel() for parameter in model.parameters()) - head,
-        head_parameters=head,
         target_map=target_map,
         spec=spec,
     )

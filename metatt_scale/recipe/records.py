@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from metatt_scale.recipe.section import Section as _Section
+from metatt_scale.recipe.section import Section
 
 OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("spearman", "pearson")
 """Scores of each kind of label; the first is the headline unless another is asked for."""
@@ -17,7 +17,7 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
 
-class Labels(_Section):
+class Labels(Section):
     """The labels of one task: so many classes, or numbers."""
 
     labels: int | None = Field(default=None, ge=1, le=10_000)
@@ -77,7 +77,7 @@ class ClassifierRecipe(Labels):
     adapter, on every rank."""
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """One place records are read from."""
 
     path: str = Field(min_length=1)
@@ -109,7 +109,7 @@ class DataSource(_Section):
         return self.path if self.subset is None else f"{self.path} {self.subset}"
 
 
-class SamplingRecipe(_Section):
+class SamplingRecipe(Section):
     """How much of an epoch each task gets (each source, where there are no tasks)."""
 
     strategy: Literal["proportional", "uniform", "temperature"] = "proportional"
@@ -130,7 +130,7 @@ class SamplingRecipe(_Section):
         return self
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     """Records, how they become text, and how the text is cut."""
 
     train: tuple[DataSource, ...] = Field(min_length=1)

@@ -283,8 +283,8 @@ class Recipe(Section):
     def _check_sweep(self, sweep: SweepRecipe) -> None:
         if self.adapter.kind in DIAGONAL or self.adapter.kind not in INNER_BONDS:
             raise ValueError(
-                f"`sweep` changes the ranks of a tensor train, and an adapter of kind {self.adapter.kind} is none "
-                "that it could cut; leave `sweep` out, or choose a metatt kind or lotr"
+                f"`sweep` changes the ranks of a tensor train, and cannot be applied to adapter.kind "
+                f"{self.adapter.kind}; leave `sweep` out, or choose a metatt kind or lotr"
             )
         for i, point in enumerate(sweep.schedule):
             check_ranks(point.rank, self.adapter.kind, f"sweep.schedule.{i}.rank")

@@ -21,6 +21,11 @@ LabelSets = Mapping[str, Labels]
 """The labels of every task of a classifier, by name (empty of the only one); none of a language model."""
 
 
+def is_loss(key: str) -> bool:
+    """Return whether less of a number is better."""
+    return key.endswith("loss")
+
+
 def task_headline(label_sets: LabelSets, task: str) -> str:
     """Return the key of the number that stands for all of one task's (of the only one, whose name is empty)."""
     return _key(task, label_sets[task].headline if label_sets else "loss")

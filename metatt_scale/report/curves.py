@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from metatt_scale.recipe.scores import is_loss
 from metatt_scale.report.groups import Curve, Group, span
-from metatt_scale.report.scores import is_loss, label, score_keys
+from metatt_scale.report.scores import label, score_keys
 from metatt_scale.report.theme import Theme, grid, legend
 
 _MOST_POINTS = 150  # of a curve with a value at every logged step; more would be a band of noise

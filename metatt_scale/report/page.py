@@ -10,10 +10,11 @@ from html import escape
 import numpy as np
 
 from metatt_scale import __version__
+from metatt_scale.recipe.scores import is_loss
 from metatt_scale.report import MARK
 from metatt_scale.report.groups import Group, mean_and_error, span
 from metatt_scale.report.runs import Run, of_last_ranks, ranks_of, values_of
-from metatt_scale.report.scores import PREFIX, is_loss, label, score_keys
+from metatt_scale.report.scores import PREFIX, label, score_keys
 
 _NOTHING = "–"
 _STYLE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from metatt_scale.recipe.scores import is_loss
 from metatt_scale.report.groups import Group
 
 PREFIX = "eval_"
@@ -28,11 +29,6 @@ def score_keys(groups: Sequence[Group]) -> list[str]:
 def label(key: str) -> str:
     """Return the name of a number on an axis, with its unit."""
     return _LABELS.get(key, key.removeprefix(PREFIX).replace("_", " "))
-
-
-def is_loss(key: str) -> bool:
-    """Return whether less of it is better; a study has the same rule, and a test holds them together."""
-    return key.endswith("loss")
 
 
 def main_score(group: Group) -> str:

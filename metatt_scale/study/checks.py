@@ -86,7 +86,7 @@ def _check_numbers(opened: OpenStudy, run: Run, path: Path) -> None:
             has = f"evaluations give {', '.join(known)}"
             if not evaluated:
                 has = "there are no evaluations; give validation records, and leave out training.eval_every: never"
-            raise RecipeError(f"{where} names {name}, which is no number of this run; {has}")
+            raise RecipeError(f"{where} names {name}, which this run does not report; {has}")
 
 
 def _check_directions(opened: OpenStudy, path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from metatt_scale.ending import DIVERGED
+from metatt_scale.ending import DIVERGED, SIGNALS
 from metatt_scale.files import write_text
 from metatt_scale.study.agenda import Agenda, agenda_of, unused
 from metatt_scale.study.children import Child, MakeCommands, commands_of, read_machine, seconds_spent
@@ -30,8 +30,6 @@ _BUDGET_MINUTES = 75.0
 _PAUSE_SECONDS = 0.1
 _STOPPED = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM)
 """Exit codes of a run that was stopped as we asked."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Those of training/signals.py (a test holds it), which to import would load torch beside the runs."""
 
 
 def add_study(commands: Any) -> None:
@@ -217,7 +215,7 @@ class _Invocation:
                 self._signal = number
                 self._stop(signal.Signals(number).name)
 
-        before = {number: signal.signal(number, handler) for number in _SIGNALS}
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
         try:
             yield
         finally:
@@ -258,8 +256,8 @@ def _hold(what: Path, lock: Path, held: ExitStack) -> None:
         held.enter_context(FileLock(lock, timeout=0))
     except Timeout:
         raise ValueError(
-            f"{what}: this study is running already, perhaps from another working folder (that process holds {lock}, "
-            f"and `fuser {lock}` tells its number); wait for it, or stop it"
+            f"{what}: this study is running already, perhaps from another working folder (`fuser {lock}` "
+            "prints the PID of the process that holds it); wait for it, or stop it"
         ) from None
 
 

@@ -70,7 +70,7 @@ class Results:
                     self.cut_short = line.decode("utf-8", errors="replace")
                     break
                 raise ValueError(
-                    f"{path}, line {number}: not a line of results ({problem_of(error)}); mend it, or take the file "
+                    f"{path}, line {number}: not a line of results ({problem_of(error)}); fix it, or take the file "
                     "from git"
                 ) from None
             self._whole.append(line.decode("utf-8"))

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from metatt_scale.recipe.scores import is_loss
+
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
 HEADLINE = "headline"
@@ -55,7 +57,7 @@ class Score(_Section):
 
     def prefers_more(self, name: str) -> bool:
         """Return whether more of a number is better."""
-        return self.higher_is_better.get(name, not name.endswith("loss"))
+        return self.higher_is_better.get(name, not is_loss(name))
 
     @model_validator(mode="after")
     def _check(self) -> Score:

@@ -118,7 +118,7 @@ def _cut_zero(cores: list[Tensor], caps: Sequence[int | None], dtype: torch.dtyp
 
 
 def cut_pair(
-    theta_PNNQ: Tensor, *, max_rank: int | None, min_rank: int = 1, max_discarded_weight: float | None = None
+    theta_PNNQ: Tensor, *, max_rank: int | None, min_rank: int, max_discarded_weight: float | None
 ) -> tuple[Tensor, Tensor, Cut]:
     """Split two merged cores: U is the left one, s V^T the right one. The rules are those of `sweep`."""
     p, n, m, q = theta_PNNQ.shape

@@ -28,7 +28,7 @@ from metatt_scale.adapter import Adapter
 from metatt_scale.files import new_folder, save_tensors, sha256, write_json
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.tensor import check_chain
-from metatt_scale.training.optimizer import Moments, moments_of
+from metatt_scale.training.optimizer import Moments, moments_of, named
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of an adapter's tensors, by name."""
@@ -142,18 +142,14 @@ class Snapshot:
             moments.setdefault(name, {})[key] = tensor
         return cls(
             progress=RunState(**state["progress"]),
-            values=_named(tensors, "value:"),
+            values=named(tensors, "value:"),
             moments=moments,
-            best=_named(tensors, "best:"),
-            head=_named(tensors, "head:"),
+            best=named(tensors, "best:"),
+            head=named(tensors, "head:"),
             inputs=state["inputs"],
             world_size=state["world_size"],
             threads=state["threads"],
         )
-
-
-def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def take_snapshot(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from metatt_scale.recipe import Recipe, task_headline
+from metatt_scale.recipe.scores import is_loss
 from metatt_scale.training.checkpoint import RunState
 
 
@@ -41,5 +42,5 @@ def forgetting(
         key = task_headline(recipe.label_sets, task)
         if key in before and math.isfinite(now.get(key, math.nan)):
             worse = before[key] - now[key]
-            result[task or "all"] = -worse if key.endswith("_loss") else worse
+            result[task or "all"] = -worse if is_loss(key) else worse
     return result

@@ -38,6 +38,11 @@ def moments_of(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parame
     return {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
 
 
+def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def install(
     adapter: Adapter, values: Mapping[str, Tensor], moments: Mapping[str, Moments], recipe: TrainingRecipe
 ) -> torch.optim.AdamW:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from metatt_scale.device import Arriving, to_device
+from metatt_scale.ending import SIGNALS
 from metatt_scale.parallel import World
-from metatt_scale.training.signals import SIGNALS
 
 TAIL = 3 + len(SIGNALS)
 """Values behind the gradients: loss, tokens, ranks that were not finite, and one count per signal."""

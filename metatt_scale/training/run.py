@@ -180,11 +180,11 @@ def _resume(trainer: Trainer) -> None:
     def read() -> Message:
         path, snapshot, damaged = checkpoint.newest_valid(root, trainer.recipe, trainer.adapter.shapes())
         for message in damaged:
-            _warn(trainer.console, f"passed over a damaged checkpoint: {message}")
+            _warn(trainer.console, f"skipped a damaged checkpoint: {message}")
         if snapshot is None:
             if damaged:
                 raise ValueError(
-                    f"{root}: none of the {len(damaged)} checkpoints is whole ({damaged[0]}); nothing was changed. "
+                    f"{root}: none of the {len(damaged)} checkpoints is intact ({damaged[0]}); nothing was changed. "
                     "Choose another output_dir to start afresh"
                 )
             return None, {}
@@ -241,8 +241,8 @@ def _take_best(trainer: Trainer) -> None:
     chosen_by = trainer.recipe.headline if trainer.recipe.training.best_by == "metric" else "eval_loss"
     _warn(
         trainer.console,
-        f"training.keep is best, but no evaluation was ({chosen_by} was never finite, or ranks changed behind the "
-        "last one); the adapter is that of the last step",
+        f"training.keep is best, but no evaluation qualified ({chosen_by} was never finite, or ranks changed after "
+        "the last one); the adapter is that of the last step",
     )
 
 

@@ -8,8 +8,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that end a run after a whole, saved step; the first that any rank received counts."""
+from metatt_scale.ending import SIGNALS
 
 
 class TrainingStopped(Exception):

@@ -35,7 +35,7 @@ from metatt_scale.tensor import (
     transport_variance,
 )
 from metatt_scale.training.local import Gradients, optimise_bonds
-from metatt_scale.training.optimizer import Moments
+from metatt_scale.training.optimizer import Moments, named
 from metatt_scale.training.reduce import PendingSums
 
 _DIGITS = 6
@@ -100,7 +100,7 @@ def perform_sweep(
     names = [f"core_{k}" for k in range(len(old))]
     return SweepResult(
         values={name: tensors[name] for name in names},
-        moments={**moments, **{name: _named(tensors, f"adam_{name}_") for name in names}},
+        moments={**moments, **{name: named(tensors, f"adam_{name}_") for name in names}},
         report=report,
         stop_signal=gradients.stop_signal(),
     )
@@ -190,10 +190,6 @@ def _transported(moments: Mapping[str, Moments], old: list[Tensor], new: list[Te
         result[f"adam_core_{k}_exp_avg"] = transport_gradient(change, k, mean).float()
         result[f"adam_core_{k}_exp_avg_sq"] = transport_variance(change, k, square).float()
     return result
-
-
-def _named(tensors: Any, prefix: str) -> Moments:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 # ---- the account

@@ -298,7 +298,7 @@ def test_auto_says_which_checkpoint_it_passes_over(run):
     truncate(0.5)(root / STEPS[1])
     train(recipe, console := quiet())
     output = said(console)
-    assert f"passed over a damaged checkpoint: {root / STEPS[1]}: the hash of state.safetensors" in output
+    assert f"skipped a damaged checkpoint: {root / STEPS[1]}: the hash of state.safetensors" in output
     assert f"resuming after step 4 from {root / STEPS[0]}" in output
     assert names(root) == STEPS
     assert checkpoint.load(root / STEPS[1], recipe, shapes).progress.step == 6
@@ -310,7 +310,7 @@ def test_when_all_are_damaged_the_run_stops_and_deletes_nothing(run):
     for step in STEPS:
         (root / step / "COMPLETE").unlink()
     before = snapshot(root.parent)
-    with pytest.raises(ValueError, match=r"none of the 2 checkpoints is whole .*COMPLETE is missing.*output_dir"):
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints is intact .*COMPLETE is missing.*output_dir"):
         train(recipe, quiet())
     assert snapshot(root.parent) == before
 

@@ -195,7 +195,10 @@ def test_definitions_are_the_stock_ones(task: str, data: Path) -> None:
     assert len(rendered[0][1]) == 12
 
 
-def test_own_task_file_and_data(byte_llama: Any, byte_bpe: Any, tmp_path: Path) -> None:
+def test_own_task_file_and_data(
+    byte_llama: Any, byte_bpe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metatt_scale.evaluation.tasks.TASKS_FOLDER", tmp_path)
     definition = {
         "task": "colours", "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{text}} is",
         "doc_to_choice": ["red", "blue"], "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
@@ -203,7 +206,7 @@ def test_own_task_file_and_data(byte_llama: Any, byte_bpe: Any, tmp_path: Path) 
     (tmp_path / "colours.yaml").write_text(yaml.safe_dump(definition))
     write(tmp_path / "colours.jsonl", [{"text": "water", "label": 1}, {"text": "fire", "label": 0}])
     settings, results = recipe(tmp_path, "colours", limit=1), tmp_path / "r.json"
-    score = evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f", tasks_folder=tmp_path)["colours"]
+    score = evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f")["colours"]
     assert score.n == 1
     assert set(score.samples) == {"acc", "acc_norm"}
 
@@ -239,10 +242,11 @@ def test_errors_come_before_the_first_question(
     assert not results.exists()
 
 
-def test_generation_tasks_of_the_harness_are_refused(tmp_path: Path) -> None:
+def test_generation_tasks_of_the_harness_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metatt_scale.evaluation.tasks.TASKS_FOLDER", tmp_path)
     (tmp_path / "sums.yaml").write_text("task: sums\noutput_type: generate_until\n")
     with pytest.raises(ValueError, match="not a plain multiple choice task"):
-        build_task("sums", str(tmp_path), None, tmp_path)
+        build_task("sums", str(tmp_path), None)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} (real questions) is absent")

@@ -50,7 +50,7 @@ def test_the_runs_deepspeed_file_is_not_lost(scored, launcher, ranks):
 
 
 def test_a_file_that_is_gone_is_not_passed_over(scored):
-    with pytest.raises(RecipeError, match=r"gone\.json: no DeepSpeed JSON"):
+    with pytest.raises(RecipeError, match=r"gone\.json: not a DeepSpeed JSON file"):
         scored("deepspeed", 2, deepspeed_config="gone.json")
 
 

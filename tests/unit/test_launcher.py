@@ -99,10 +99,10 @@ def test_accelerates_own_deepspeed_file_counts(launched, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "no DeepSpeed JSON"),
-        ("[]", "no DeepSpeed JSON"),
-        (None, "no DeepSpeed JSON"),
-        ("[" * 10_000, "no DeepSpeed JSON"),
+        ("{", "not a DeepSpeed JSON file"),
+        ("[]", "not a DeepSpeed JSON file"),
+        (None, "not a DeepSpeed JSON file"),
+        ("[" * 10_000, "not a DeepSpeed JSON file"),
         ('{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": Infinity}}', "Infinity is no JSON number"),
         ('{"zero_optimization": {"stage": 4}}', "stage is 4"),
         ('{"zero_optimization": {"stage": true}}', "stage is true; it must be 0, 1, 2 or 3"),

@@ -14,8 +14,6 @@ from metatt_scale.cli import main
 from metatt_scale.report.groups import Group, make_groups, mean_and_error, span
 from metatt_scale.report.page import _summary
 from metatt_scale.report.runs import read_runs
-from metatt_scale.report.scores import is_loss
-from metatt_scale.study.schema import Score
 
 EPOCHS, STEPS = 6, 4
 """Steps are of an epoch; every second is logged."""
@@ -380,11 +378,6 @@ def test_only_a_report_is_replaced(tmp_path, capsys):
     assert report(run, "--out", out) == 0 and not (out / "spectra-9-dark.png").exists()
     (out / "notes.txt").write_text("mine")
     assert report(run, "--out", out) == 2 and "holds notes.txt" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["loss", "eval_loss", "eval_accuracy", "eval_f1", "eval_lossless", "closs_rate"])
-def test_a_report_and_a_study_agree_on_which_way_is_good(key):
-    assert is_loss(key) != Score(metrics=(key,)).prefers_more(key)
 
 
 def test_statistics():

@@ -59,11 +59,11 @@ BAD = {
     ),
     "number that no evaluation has": (
         {"score": {"metrics": ["eval_los"]}},
-        "arm rank2: `score` names eval_los, which is no number of this run; evaluations give headline, eval_",
+        "arm rank2: `score` names eval_los, which this run does not report; evaluations give headline, eval_",
     ),
     "number of a classifier": (
         {"recipe": "../text.yaml"},
-        "eval_accuracy, which is no number of this run; evaluations",
+        "eval_accuracy, which this run does not report; evaluations",
     ),
     "task for a classifier": (
         {"score": {"tasks": ["boolq"]}},
@@ -71,11 +71,11 @@ BAD = {
     ),
     "number to choose by": (
         {"choose": {**CHOOSE, "by": "eval_spearman"}},
-        "arm rank2: `choose.by` names eval_spearman, which is no number of this run",
+        "arm rank2: `choose.by` names eval_spearman, which this run does not report",
     ),
     "no evaluations": (
         {"base": ["data.validation=[]"]},
-        "`score` names eval_accuracy, which is no number of this run; there are no evaluations; give",
+        "`score` names eval_accuracy, which this run does not report; there are no evaluations; give",
     ),
     "direction of nothing": (
         {"score": {"metrics": ["eval_loss"], "higher_is_better": {"eval_acc": True}}},

@@ -91,7 +91,7 @@ def test_a_broken_line_inside_is_told_with_its_number(opened, bad):
     opened.results.parent.mkdir()
     good = json.dumps(line(opened.reported("rank2", None, 1))).encode()
     opened.results.write_bytes(good + b"\n" + bad + b"\n")
-    with pytest.raises(ValueError, match=r"toy\.jsonl, line 2: not a line of results .*; mend it, or take the file"):
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 2: not a line of results .*; fix it, or take the file"):
         Results(opened.results)
 
 
@@ -117,7 +117,7 @@ def test_a_line_edited_by_hand_is_told_by_its_key(opened, change, said):
     opened.results.write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n")
     with pytest.raises(ValueError, match=r"toy\.jsonl, line 2: not a line of results") as caught:
         Results(opened.results)
-    assert said in str(caught.value) and "mend it, or take" in str(caught.value) and "\n" not in str(caught.value)
+    assert said in str(caught.value) and "fix it, or take" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_result_of_another_definition_is_refused(opened):

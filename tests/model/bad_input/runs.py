@@ -38,7 +38,7 @@ def checkpoints_file(folder):
 cases(
     lambda make: make,
     [
-        ("checkpoints cut", (damaged_run(in_both(cut("state.safetensors"))),), "none of the 2 checkpoints is whole"),
+        ("checkpoints cut", (damaged_run(in_both(cut("state.safetensors"))),), "none of the 2 checkpoints is intact"),
         ("markers missing", (damaged_run(in_both(without("COMPLETE"))),), "COMPLETE is missing"),
         ("states missing", (damaged_run(in_both(without("state.json"))),), "state.json is missing"),
         ("states garbage", (damaged_run(in_both(put("state.json", "{"))),), "hash of state.json"),
