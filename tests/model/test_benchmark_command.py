@@ -142,7 +142,7 @@ def test_peft_is_named_where_it_is_missing_before_anything_is_loaded(recipe_file
     monkeypatch.setitem(sys.modules, "peft", None)
     arguments = [f"backbone.path={recipe_file.parent / 'nowhere'}", "--table", table, "--repeats", "1"]
     assert main(["benchmark", str(recipe_file), *arguments]) == 2
-    assert "PEFT, which is not installed; run `pip install peft`" in capsys.readouterr().err
+    assert "PEFT, which is not installed; run `pip install metatt-scale[peft]`" in capsys.readouterr().err
 
 
 # ---- what it says
