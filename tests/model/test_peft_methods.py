@@ -347,7 +347,7 @@ def test_a_contradiction_is_one_message(tmp_path, adapter, message):
 
 
 def test_a_sweep_is_for_chains(tmp_path):
-    with pytest.raises(RecipeError, match="and cannot be applied to adapter.kind lora; leave `sweep` out"):
+    with pytest.raises(RecipeError, match=r"and cannot be applied to adapter.kind lora; leave `sweep` out"):
         recipe_of(tmp_path, "lora", sweep={"schedule": [{"after": 1, "rank": 2}]})
 
 
