@@ -150,7 +150,7 @@ def _products(
         groups[target.projection, target.d_out].append(index)
     made = {}
     for (projection, d_out), members in groups.items():
-        layers = torch.tensor([targets[index].layer for index in members], device=c_LMPQ.device)
+        layers = [targets[index].layer for index in members]
         c_LPQ, b_LQO = (_of_projection(factor, projection, layers) for factor in (c_LMPQ, b_LMQO))
         m_LPO = c_LPQ @ b_LQO[..., :d_out]
         for index, node, copy in zip(members, m_LPO.unbind(0), m_LPO.detach().to(dtype).unbind(0), strict=True):
@@ -158,10 +158,16 @@ def _products(
     return made
 
 
-def _of_projection(factor_LM: Tensor, projection: int, layers: Tensor) -> Tensor:
+def _of_projection(factor_LM: Tensor, projection: int, layers: Sequence[int]) -> Tensor:
     """Return a factor's slices of one projection for some layers (one slice where all layers share it)."""
     of_layer = factor_LM[:, projection if factor_LM.shape[1] > 1 else 0]
-    return of_layer[layers] if of_layer.shape[0] > 1 else of_layer.expand(len(layers), -1, -1)
+    if of_layer.shape[0] == 1:
+        return of_layer.expand(len(layers), -1, -1)
+    if list(layers) == list(range(of_layer.shape[0])):
+        return of_layer
+    # Not by an index tensor, whose copy to the device would hold up the host.
+    slices = of_layer.unbind(0)
+    return torch.stack([slices[layer] for layer in layers])
 
 
 def factors_at(all_factors: Factors, target: Target) -> tuple[Tensor, Tensor, Tensor]:

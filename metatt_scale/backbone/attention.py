@@ -10,14 +10,21 @@ Shape legend: T tokens of the row, B examples, S tokens of the longest example, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    masking_utils,
+    modeling_flash_attention_utils,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -91,6 +98,37 @@ def packed_arguments(model: PreTrainedModel, lengths: Sequence[int], device: tor
     # it is, and `packed_sdpa` does not look at it.
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return {"position_ids": position_ids, "attention_mask": unused, "packing": Packing(lengths, device)}
+
+
+@contextlib.contextmanager
+def boundaries_known() -> Iterator[None]:
+    """Spare transformers its search for packed examples inside a `with` block, backward passes included.
+
+    It compares positions on the device and reads the answer, once per forward and with flash-attn once per layer, and
+    each time the host waits. `packed_arguments` says what is packed; in all other batches each example has a row.
+    """
+    searches = (
+        (masking_utils, "find_packed_sequence_indices"),
+        (modeling_flash_attention_utils, "_is_packed_sequence"),
+    )
+    before = [getattr(module, name) for module, name in searches]
+    for module, name in searches:
+        setattr(module, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for (module, name), function in zip(searches, before, strict=True):
+            setattr(module, name, function)
+
+
+def padding_mask(model: PreTrainedModel, attention_mask_BS: Tensor, device: torch.device) -> Tensor:
+    """Return an encoder's mask of padded rows, in a form that transformers does not read on the device.
+
+    SDPA takes a mask of four axes as it is; from one of two axes transformers would first read whether it masks.
+    """
+    if model.config._attn_implementation == "sdpa":
+        return to_device(attention_mask_BS[:, None, None, :].bool(), device)
+    return to_device(attention_mask_BS, device)
 
 
 class Packing:

@@ -65,6 +65,8 @@ class World:
 
     def concatenate(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, those of rank 0 first; each rank may have another number of them."""
+        if self.size == 1:
+            return rows
         counts = self.gather(torch.tensor(len(rows), device=rows.device)).tolist()
         before = sum(counts[: self.rank])
         joined = rows.new_zeros((sum(counts), *rows.shape[1:]))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from metatt_scale.backbone import HeadStart
+from metatt_scale.backbone.attention import padding_mask
 from metatt_scale.data import IGNORE, Batch, PreparedData, TokenTable
 from metatt_scale.device import to_device
 from metatt_scale.parallel import World
@@ -80,7 +81,7 @@ def logits_of(model: PreTrainedModel, batch: Batch, device: torch.device) -> Ten
     """Return the head's (B, K) outputs for padded examples, in the model's type."""
     arguments = {}
     if not bool(batch.attention_mask_BS.all()):  # on the host; without a mask the fast kernels apply
-        arguments["attention_mask"] = to_device(batch.attention_mask_BS, device)
+        arguments["attention_mask"] = padding_mask(model, batch.attention_mask_BS, device)
     if getattr(model.config, "type_vocab_size", 1) > 1:  # RoBERTa does not tell sentences apart
         assert batch.segments_BS is not None
         arguments["token_type_ids"] = to_device(batch.segments_BS, device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter import Adapter, ChainAdapter, full_cores
+from metatt_scale.backbone.attention import boundaries_known
 from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro_batches
 from metatt_scale.device import to_device
 from metatt_scale.parallel import World, check_same
@@ -197,6 +198,7 @@ class Trainer:
             **({"gradient_norms": done.slices.read()} if done.slices and sums.finite else {}),
         }
 
+    @boundaries_known()
     def _accumulate(self, indices: Any, tokens: int, step: int) -> tuple[Tensor, int]:
         """Run this rank's micro-batches of a global batch; return its summed loss and the tokens it sent through."""
         self.model.train()
@@ -315,6 +317,7 @@ class Trainer:
             left = sum(step > self.progress.step for step in self.sweeps.targets)
             self.console.print(stopped + (f"; {left} sweeps were not made" if left else ""), highlight=False)
 
+    @boundaries_known()
     def evaluate(self) -> dict[str, float]:
         """Return the scores over the validation records, `eval_loss` (nats) first."""
         assert self.data.validation is not None

@@ -52,10 +52,8 @@ def install(
     optimizer = make_optimizer(trained.values(), recipe)
     for name, parameter in trained.items():
         if state := moments.get(name):
-            # AdamW keeps its step counter on the CPU and the moments beside the parameter.
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
+            # Fused AdamW wants its step counter, like the moments, on the device of the parameter.
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     return optimizer
 
 

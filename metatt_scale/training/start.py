@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metatt_scale.backbone.attention import allow_packing, forbid_packing, packed_arguments
+from metatt_scale.backbone.attention import allow_packing, boundaries_known, forbid_packing, packed_arguments
 from metatt_scale.training.loss import fuse_head, fused_head
 
 _FIRST, _SECOND = 8, 5
@@ -105,7 +105,7 @@ def _trial(model: nn.Module) -> Iterator[None]:
     before = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), boundaries_known():  # as in training
             yield
     finally:
         model.train(before)
