@@ -13,7 +13,7 @@ LAUNCHERS = sorted((ROOT / "launch").glob("*.py"))
 
 FLOORS = [
     {"metatt_scale", "files", "device"},
-    {"tensor", "recipe"},
+    {"tensor", "recipe", "hardware"},
     {"adapter", "data", "backbone", "parallel"},
     {"methods", "ending"},
     {"training", "evaluation", "report"},
