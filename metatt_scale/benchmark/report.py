@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from rich.table import Table
 from metatt_scale import __version__
 from metatt_scale.files import write_json
 from metatt_scale.recipe import Recipe
+from metatt_scale.versions import package_version
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -55,10 +55,7 @@ def version_of(package: str) -> str | None:
     """Return the version of an installed package, or None."""
     if package == "torch":
         return str(torch.__version__)  # with its build, which the package's own record leaves out
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return package_version(package)
 
 
 def _cpu_name() -> str:

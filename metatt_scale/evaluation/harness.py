@@ -18,13 +18,13 @@ from metatt_scale.evaluation.scores import (
     Key,
     TaskScore,
     finished,
-    package_version,
     record,
     score_from_json,
     score_to_json,
 )
 from metatt_scale.parallel import Message, World
 from metatt_scale.recipe import EvaluationRecipe
+from metatt_scale.versions import package_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

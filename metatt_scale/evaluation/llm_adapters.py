@@ -18,10 +18,11 @@ from metatt_scale.data.records import Record
 from metatt_scale.data.templates import llm_adapters_prompt
 from metatt_scale.evaluation.generate import continue_tokens
 from metatt_scale.evaluation.progress import Advance
-from metatt_scale.evaluation.scores import Key, package_version
+from metatt_scale.evaluation.scores import Key
 from metatt_scale.evaluation.tasks import data_file, data_key, read_records
 from metatt_scale.parallel import World
 from metatt_scale.recipe import EvaluationRecipe
+from metatt_scale.versions import package_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import metatt_scale
 from metatt_scale.files import write_json
+from metatt_scale.versions import git_commit, package_version
 
 Key = dict[str, str | int | None]
 """Everything that decides a score; a score is reused only where the whole key is the same."""
@@ -111,33 +110,6 @@ def versions() -> dict[str, str | None]:
     for package in ("torch", "transformers", "lm_eval", "bitsandbytes"):
         found[package] = package_version(package)
     return {**found, "python": platform.python_version()}
-
-
-def package_version(package: str) -> str | None:
-    """Return an installed package's version without importing it."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Return the commit of the working tree this toolkit runs from, with "-dirty" if tracked code differs."""
-    root = Path(metatt_scale.__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An installed copy may lie inside somebody else's repository, whose commit would be a false statement.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        # What studies append to is no code; their own results would make every later one of theirs dirty.
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":!studies/results")
-        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _read(results: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 
 from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.report import describe_machine
-from metatt_scale.evaluation.scores import git_commit
+from metatt_scale.versions import git_commit
 
 if __name__ == "__main__":
     print(json.dumps({**describe_machine(pick_device(), ("torch", "transformers")), "git_commit": git_commit()}))
