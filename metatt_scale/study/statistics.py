@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+# scipy is slow to import, and every command imports this module.
 
 DIGITS = 12
 """Means that differ by less are equal: sums of the same numbers in another order are rounded otherwise."""
@@ -42,6 +42,8 @@ def mean_of(values: Sequence[float]) -> Mean:
     n, mean = len(values), statistics.fmean(values)
     if n < 2 or not math.isfinite(mean):
         return Mean(n=n, mean=mean, stderr=math.nan, half_width=math.nan)
+    from scipy import stats
+
     stderr = statistics.stdev(values) / math.sqrt(n)
     half_width = float(stats.t.ppf((1 + _LEVEL) / 2, n - 1)) * stderr
     return Mean(n=n, mean=mean, stderr=stderr, half_width=half_width)
@@ -49,6 +51,8 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Return first - second for values of the same seeds in the same order."""
+    from scipy import stats
+
     gains = [a - b for a, b in zip(first, second, strict=True)]
     varies = all(map(math.isfinite, gains)) and max(gains) - min(gains) > _ROUNDING * max(map(abs, (*first, *second)))
     p = float(stats.ttest_rel(first, second).pvalue) if varies else math.nan  # type: ignore[attr-defined]

@@ -55,13 +55,15 @@ def floor_of(module):
     raise AssertionError(f"{module} stands on no floor: add `{room}` to FLOORS where CONTRIBUTING.md has it")
 
 
-def imports_of(path, *, at_run_time=False):
-    """Full names a file imports; `at_run_time` leaves out TYPE_CHECKING blocks."""
+def imports_of(path, *, at_run_time=False, when_loaded=False):
+    """Full names a file imports; `at_run_time` leaves out TYPE_CHECKING blocks, `when_loaded` also functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = set()
     for node in ast.walk(tree):
         if at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             skipped |= {id(inner) for child in node.body for inner in ast.walk(child)}
+        if when_loaded and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            skipped |= {id(inner) for inner in ast.walk(node)}
     found = set()
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -123,6 +125,24 @@ def test_there_is_no_cycle_between_modules():
 
     for module in graph:
         visit(module)
+
+
+def test_the_command_line_starts_without_heavy_libraries():
+    """`--help` stays fast, and `doctor` runs where torch, numpy or scipy are broken."""
+    waiting, seen, others = ["metatt_scale.cli"], set(), set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for imported in imports_of(MODULES[module], at_run_time=True, when_loaded=True):
+            parts = imported.split(".")
+            if parts[0] != "metatt_scale":
+                others.add(parts[0])
+                continue
+            # Python runs the __init__ of every package on the way.
+            waiting += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    assert others - set(sys.stdlib_module_names) == {"filelock", "pydantic", "rich", "yaml"}
 
 
 def test_files_and_functions_are_short():
