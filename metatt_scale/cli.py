@@ -1,8 +1,9 @@
-"""The command line: train, evaluate, export, plan, generate, benchmark, study, report, quickstart.
+"""The command line: train, evaluate, export, plan, generate, benchmark, study, report, quickstart, doctor.
 
-Anything the user can mend is one message on stderr and exit code 2 (3 where training diverged); a run stopped by a
-signal exits with 128 plus the signal's number. METATT_DEBUG=1 shows the traceback behind a message. Libraries are
-imported by the command that needs them, after its arguments and recipe are checked.
+Anything the user can mend is one message on stderr and exit code 2 (3 where training diverged); `doctor` exits with 2
+where a line is a problem. A run stopped by a signal exits with 128 plus the signal's number. METATT_DEBUG=1 shows the
+traceback behind a message. Libraries are imported by the command that needs them, after its arguments and recipe are
+checked.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.console import Console
 from metatt_scale import __version__
 from metatt_scale.benchmark.command import run as run_benchmark
 from metatt_scale.benchmark.settings import add_arguments as add_benchmark_arguments
+from metatt_scale.doctor.command import add_doctor
 from metatt_scale.ending import DIVERGED, DivergedError, leave, message_of, out_of_memory, told_elsewhere, which_rank
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
@@ -151,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="the README's first example, from nothing to exports")
     _add_recipe(quickstart)
     quickstart.set_defaults(run=_quickstart)
+    add_doctor(commands)
     return parser
 
 

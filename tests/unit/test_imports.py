@@ -20,7 +20,7 @@ FLOORS = [
     {"plan"},
     {"reopen", "benchmark"},
     {"export", "scoring", "study"},
-    {"quickstart"},
+    {"quickstart", "doctor"},
     {"cli"},
 ]
 """Rooms, from the ground up, as in CONTRIBUTING.md."""
