@@ -190,17 +190,41 @@ def join(device: torch.device, timeout: timedelta, *, group: bool = False) -> It
 
     Raises:
         RecipeError: as `place_in_world`.
+        ValueError: another rank has taken this rank's GPU.
     """
     rank, size, local_size = place_in_world()
     if size == 1 and not group:
         yield World(device=device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=_store(rank, size, timeout))
+    store = _store(rank, size, timeout)
+    if device.type == "cuda":
+        check_alone(store, rank, str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
     try:
         yield World(rank=rank, size=size, local_size=local_size, device=device)
     finally:
         dist.destroy_process_group()
+
+
+def check_alone(store: Store, rank: int, gpu: str) -> None:
+    """Refuse a GPU that another rank has taken, before NCCL does so in words of its own, or shares it with gloo.
+
+    Args:
+        store: shared by all ranks.
+        rank: of this process.
+        gpu: its GPU's UUID; nothing is compared where it is empty.
+
+    Raises:
+        ValueError: another rank was here with the same GPU.
+    """
+    first = int(store.compare_set(f"gpu {gpu}", "", str(rank))) if gpu else rank
+    if first != rank:
+        raise ValueError(
+            f"ranks {first} and {rank} have taken the same GPU (UUID {gpu}); show each process a GPU of its own "
+            "(srun --gpus-per-task=1, CUDA_VISIBLE_DEVICES), or show all GPUs of a node to all its processes and set "
+            "LOCAL_RANK"
+        )
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> Store:

@@ -40,10 +40,7 @@ class Zero3:
             ValueError: a configuration that DeepSpeed refuses, a type that it cannot use here, or NVMe offloading
                 without the library for it.
         """
-        if world.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # DeepSpeed reads this process's place from the environment. Only a single process may have none there.
-        os.environ.setdefault("LOCAL_RANK", "0")
+        tell_deepspeed(world.device)
         import deepspeed
 
         # A collective that PyTorch has renamed; DeepSpeed's affair.
@@ -149,6 +146,15 @@ def _check_keys(config: dict[str, Any], file: str | None) -> None:
             f"{file or 'the DeepSpeed configuration'}: DeepSpeed refuses it ({problem}); correct or remove that key, "
             "see ds_configs/ for examples"
         ) from None
+
+
+def tell_deepspeed(device: torch.device) -> None:
+    """Set what DeepSpeed reads from the environment about this process's device, which is an index or the CPU."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_RANK", "0")  # only a single process may have none
+    else:  # it takes LOCAL_RANK for the GPU's index, which is 0 where each process sees one GPU only
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
 
 
 def _check_supported(config: dict[str, Any], dtype: torch.dtype) -> None:

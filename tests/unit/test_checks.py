@@ -1,11 +1,15 @@
 """What is refused before the ranks meet: the launcher's variables, engines that cannot hold a backbone, GPUs."""
 
+import os
+
 import pytest
 import torch
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from metatt_scale import cli
-from metatt_scale.backbone import pick_device
 from metatt_scale.parallel import Launch, check_engine, place_in_world, with_fitting_shards
+from metatt_scale.parallel.world import check_alone
+from metatt_scale.parallel.zero3 import tell_deepspeed
 from metatt_scale.recipe import ParallelRecipe, RecipeError, validate
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
@@ -135,17 +139,25 @@ def test_shards_on_other_ranks(size, kept):
 # ---- GPUs
 
 
-def test_more_ranks_than_gpus(launched, monkeypatch):
-    taken = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    launched(LOCAL_RANK="1")
-    assert pick_device() == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
-    launched(LOCAL_RANK="2")
-    with pytest.raises(ValueError, match="LOCAL_RANK is 2, but this node has 2 GPUs; start at most 2 processes here"):
-        pick_device()
+def test_two_ranks_on_one_gpu():
+    """Also ranks of several machines share a store; a GPU's UUID is its own among all of them."""
+    store = HashStore()
+    check_alone(store, 0, "GPU-a")
+    check_alone(store, 1, "GPU-b")
+    check_alone(store, 0, "GPU-a")  # the same rank again
+    with pytest.raises(ValueError, match="ranks 1 and 2 have taken the same GPU"):
+        check_alone(store, 2, "GPU-b")
+    check_alone(store, 3, "")  # PyTorch does not say which GPU it is
+    check_alone(store, 4, "")
+
+
+@pytest.mark.parametrize("device, index", [("cuda:3", "3"), ("cuda:0", "0"), ("cpu", "3")])
+def test_deepspeed_takes_the_same_gpu(launched, monkeypatch, device, index):
+    monkeypatch.setenv("DS_ACCELERATOR", "gone")  # so that it is gone afterwards, too
+    monkeypatch.delenv("DS_ACCELERATOR")
+    launched(LOCAL_RANK="3")  # of a batch system that may show each task one GPU only
+    tell_deepspeed(torch.device(device))
+    assert (os.environ["LOCAL_RANK"], os.environ.get("DS_ACCELERATOR")) == (index, "cpu" if device == "cpu" else None)
 
 
 # ---- what is printed of it
