@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     generate.add_argument("--backbone-only", action="store_true", help="leave the adapter out")
     _add_task(generate)
+    _add_device(generate)
     generate.set_defaults(run=_generate)
 
     benchmark = commands.add_parser("benchmark", help="time and memory beside the frozen model and PEFT")
@@ -165,6 +166,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--limit", type=int, help="questions per task")
     evaluate.add_argument("--batch-size", type=int, help="sequences per forward")
     _add_task(evaluate)
+    _add_device(evaluate)
     evaluate.add_argument("--zero-shot", action="store_true", help="score the frozen backbone too, for comparison")
     evaluate.set_defaults(run=_evaluate)
 
@@ -181,6 +183,7 @@ def _add_export(commands: Any) -> None:
         help="weights that `merged` starts from when the backbone was quantised",
     )
     _add_task(export)
+    _add_device(export)
     export.add_argument("--replace", action="store_true", help="overwrite an existing export")
     export.set_defaults(run=_export)
 
@@ -190,6 +193,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     # With a default, or argparse would name them among the arguments that are required and missing.
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. training.max_steps=100"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="auto", help="a GPU where there is one, if absent"
     )
 
 
@@ -247,9 +256,14 @@ def _evaluate(options: Namespace) -> int:
     only_language_models(recipe, "evaluate")
     settings = _evaluation_settings(options, recipe.evaluation)
     console = _console()
-    backbone, task = _backbone(options), options.task
     scores = score_run(
-        options.run_or_adapter, settings, console, backbone=backbone, zero_shot=options.zero_shot, task=task
+        options.run_or_adapter,
+        settings,
+        console,
+        backbone=_backbone(options),
+        zero_shot=options.zero_shot,
+        task=options.task,
+        device=options.device,
     )
     console.print(score_table(scores))
     return 0
@@ -281,6 +295,7 @@ def _export(options: Namespace) -> int:
         backbone=_backbone(options),
         replace=options.replace,
         task=options.task,
+        device=options.device,
     )
     return 0
 
@@ -293,14 +308,19 @@ def _plan(options: Namespace) -> int:
 def _generate(options: Namespace) -> int:
     _one_process("generate")
     from metatt_scale.evaluation.generate import generate
+    from metatt_scale.hardware import pick_device
     from metatt_scale.reopen import adapter_folder, read_recipe, reopen, task_index
 
-    only_language_models(read_recipe(adapter_folder(options.run_or_adapter))[1], "generate")
-    opened = reopen(options.run_or_adapter, _console(stderr=True), _backbone(options))
+    recipe = read_recipe(adapter_folder(options.run_or_adapter))[1]
+    only_language_models(recipe, "generate")
+    console = _console(stderr=True)  # stdout is the text alone
+    device = pick_device(options.device, console, recipe.backbone.dtype)
+    opened = reopen(options.run_or_adapter, console, device, _backbone(options))
     opened.adapter.enabled = not options.backbone_only
     opened.adapter.task = task_index(opened.recipe, options.task)
     opened.adapter.one_task()  # or says that one has to be chosen
-    print(generate(opened.model, opened.tokenizer, options.prompt, options.max_new_tokens, options.temperature))
+    limits = options.max_new_tokens, options.temperature
+    print(generate(opened.model, opened.tokenizer, options.prompt, device, *limits))
     return 0
 
 

@@ -23,6 +23,7 @@ from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
 from metatt_scale.backbone import last_linear
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
+from metatt_scale.hardware import pick_device
 from metatt_scale.methods import read_alone
 from metatt_scale.recipe import INNER_BONDS, Recipe, label_rows
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder, task_index
@@ -41,6 +42,7 @@ def export(
     backbone: Mapping[str, Any] | None = None,
     replace: bool = False,
     task: str | None = None,
+    device: str = "auto",
 ) -> Path:
     """Write one export of a run or adapter folder and return its folder.
 
@@ -53,6 +55,7 @@ def export(
         backbone: keys of the recipe's `backbone` section to replace, for example its `path` on this machine.
         replace: overwrite an existing export.
         task: name of the task whose weights and labels are meant, where there are several (`lora`, `merged`).
+        device: `auto`, `cpu` or `cuda`: where `merged` is computed; the others need no model.
 
     Raises:
         ValueError: unknown format, damaged adapter, or merged weights that are not finite.
@@ -64,18 +67,16 @@ def export(
     target = Path(out).expanduser() if out is not None else run_folder(source) / "exports" / to
     _check_target(target, replace)
     description, recipe = read_recipe(source, backbone)
-    chosen = task_index(recipe, task)
-    if to == "metatt" and task is not None:
-        raise ValueError(f"--task is {task}, but a metatt folder holds the adapter of all tasks; leave --task out")
+    chosen = _chosen_task(recipe, task, to)
     with new_folder(target, replace=replace) as temporary:
         if to == "metatt":
-            for name in (CONFIG, WEIGHTS, *([HEAD] if "head_sha256" in description else [])):
-                shutil.copyfile(source / name, temporary / name)
+            _copy(source, temporary, description)
         elif to == "lora":
             _write_lora(source, recipe, temporary, chosen)
         else:
             plain = {"quantization": "none"} if merge_base == "original" else {}
-            _write_merged(reopen(path, console, {**(backbone or {}), **plain}), temporary, chosen)
+            here = pick_device(device, console, recipe.backbone.dtype)
+            _write_merged(reopen(path, console, here, {**(backbone or {}), **plain}), temporary, chosen)
         write_json(temporary / _MARKER, {"format": to, "weights_sha256": description["weights_sha256"]})
         write_text(temporary / "README.md", model_card(source, description, recipe, to, merge_base, chosen))
     console.print(f"{to} export: {target}", highlight=False)
@@ -87,6 +88,17 @@ def _check_target(target: Path, replace: bool) -> None:
         raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
     if target.exists() and not (target / _MARKER).is_file():
         raise FileExistsError(f"{target} is no export of this toolkit, so --replace leaves it alone; choose --out")
+
+
+def _chosen_task(recipe: Recipe, task: str | None, to: str) -> int | None:
+    if to == "metatt" and task is not None:
+        raise ValueError(f"--task is {task}, but a metatt folder holds the adapter of all tasks; leave --task out")
+    return task_index(recipe, task)
+
+
+def _copy(source: Path, folder: Path, description: Mapping[str, Any]) -> None:
+    for name in (CONFIG, WEIGHTS, *([HEAD] if "head_sha256" in description else [])):
+        shutil.copyfile(source / name, folder / name)
 
 
 def _write_lora(source: Path, recipe: Recipe, folder: Path, task: int | None) -> None:

@@ -186,7 +186,7 @@ def choose(hardware: Hardware, wanted: str, environment: Mapping[str, str], dtyp
         return _gpu(hardware, gpu_index(len(hardware.gpus), environment), dtype)
     if wanted == "cuda" or (hardware.cuda and hardware.nodes):
         said = "device is cuda, but " if wanted == "cuda" else ""
-        remedy = "or compute on the CPU (`--device cpu`, in a recipe device: cpu)"
+        remedy = "or insist on the CPU (device=cpu of a recipe, --device cpu of the other commands)"
         raise RecipeError(f"{said}{why_no_gpu(hardware, environment)}, {remedy}")
     notes = [why_no_gpu(hardware, environment)] if hardware.nodes else []
     if hardware.others:

@@ -26,11 +26,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from metatt_scale.adapter import load_adapter
-from metatt_scale.backbone import load_backbone, pick_device
+from metatt_scale.backbone import load_backbone
 from metatt_scale.evaluation import score_table
 from metatt_scale.evaluation.scores import TaskScore, paired_difference
 from metatt_scale.export import export
 from metatt_scale.files import cache_folder, new_folder
+from metatt_scale.hardware import pick_device
+from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe, load_recipe
 from metatt_scale.reopen import Reopened
 from metatt_scale.scoring import FINE_TUNED, ZERO_SHOT, score_opened
@@ -57,10 +59,11 @@ def quickstart(recipe_path: Path, overrides: list[str], console: Console) -> Non
     recipe = _with_questions(load_recipe(recipe_path, overrides), questions)
     run = train(recipe, console)
     opened = Reopened.of_run(run, recipe)
-    scores = score_opened(opened, recipe.evaluation, zero_shot=True)
+    device = pick_device(recipe.device)  # that of the training, which has printed it
+    scores = score_opened(opened, recipe.evaluation, World(device=device), zero_shot=True)
     console.print(score_table(scores))
     _report(scores, opened, console)
-    _export_and_check(opened, console)
+    _export_and_check(opened, device, console)
 
 
 def _with_questions(recipe: Recipe, folder: Path) -> Recipe:
@@ -136,26 +139,26 @@ def _report(scores: dict[str, dict[str, TaskScore]], opened: Reopened, console: 
 
 
 @torch.no_grad()
-def _export_and_check(opened: Reopened, console: Console) -> None:
+def _export_and_check(opened: Reopened, device: torch.device, console: Console) -> None:
     """Write all three exports; load each with its real consumer and compare logits with the adapted model."""
     folder = opened.run
     for to in ("lora", "merged", "metatt"):
-        export(folder, to, console, replace=True)
+        export(folder, to, console, replace=True, device=device.type)
     exports = folder / "exports"
     # In float32 the exact exports agree to its rounding; the merged weights were stored in the recipe's dtype.
     plain = opened.recipe.backbone.model_copy(update={"quantization": "none", "dtype": "float32"})
-    base = load_backbone(plain, pick_device(), opened.recipe.seed)
-    tokens = opened.tokenizer(_SAMPLE, return_tensors="pt").input_ids.to(base.device)
+    base = load_backbone(plain, device, opened.recipe.seed)
+    tokens = opened.tokenizer(_SAMPLE, return_tensors="pt").input_ids.to(device)
     before = base(tokens).logits
-    expected = _adapted(base, folder / "adapter")(tokens).logits
+    expected = _adapted(base, folder / "adapter", device)(tokens).logits
     effect = _difference(before, expected)
     loaded = {
-        "metatt, by metatt-scale": _adapted(base, exports / "metatt"),
+        "metatt, by metatt-scale": _adapted(base, exports / "metatt", device),
         "lora, by PEFT": PeftModel.from_pretrained(copy.deepcopy(base), str(exports / "lora")),
         "merged, by transformers": AutoModelForCausalLM.from_pretrained(exports / "merged", dtype=expected.dtype),
     }
     for name, model in loaded.items():
-        difference = _difference(model.to(base.device).eval()(tokens).logits, expected)
+        difference = _difference(model.to(device).eval()(tokens).logits, expected)
         console.print(
             f"re-loaded {name}: logits differ by {difference:.1e} (the adapter itself changes them by {effect:.1e})",
             highlight=False,
@@ -166,9 +169,9 @@ def _export_and_check(opened: Reopened, console: Console) -> None:
             raise ValueError(f"the {name} export does not reproduce the adapted model; please report this")
 
 
-def _adapted(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def _adapted(base: PreTrainedModel, folder: Path, device: torch.device) -> PreTrainedModel:
     model = copy.deepcopy(base)
-    load_adapter(folder, model)
+    load_adapter(folder, model, device)
     return model
 
 

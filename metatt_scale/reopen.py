@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale.adapter import Adapter, adapter_folder, read_description
-from metatt_scale.backbone import Engine, identity, is_other, load_backbone, load_tokenizer, pick_device
+from metatt_scale.backbone import Engine, identity, is_other, load_backbone, load_tokenizer
 from metatt_scale.methods import reload_adapter
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training import TrainedRun
@@ -104,6 +105,7 @@ def fingerprint(recipe: Recipe, adapter_sha256: str | None, task: int | None = N
 def reopen(
     path: str | Path,
     console: Console,
+    device: torch.device,
     backbone: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
 ) -> Reopened:
@@ -112,6 +114,7 @@ def reopen(
     Args:
         path: run directory or adapter folder.
         console: where the wait is shown.
+        device: where this process computes.
         backbone: keys of the recipe's `backbone` section to replace, for example its `path` on this machine.
         engine: what shards the backbone over the ranks; this process holds all of it when absent.
     """
@@ -119,8 +122,8 @@ def reopen(
     description, recipe = read_recipe(folder, backbone)
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
-        model = load_backbone(recipe.backbone, pick_device(), recipe.seed, engine, recipe.head_outputs)
-    adapter = reload_adapter(folder, model, recipe)
+        model = load_backbone(recipe.backbone, device, recipe.seed, engine, recipe.head_outputs)
+    adapter = reload_adapter(folder, model, recipe, device)
     known = description.get("base_model_weights")
     if isinstance(known, str) and is_other(recipe.backbone, known):
         text = f"{recipe.backbone.path} has other weights than the model this adapter was trained on, {known}"

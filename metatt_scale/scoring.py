@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from metatt_scale.backbone import pick_device
 from metatt_scale.evaluation import TaskScore, evaluate
+from metatt_scale.hardware import pick_device
 from metatt_scale.parallel import (
     ContradictionError,
     Launch,
@@ -40,20 +40,23 @@ def score_run(
     backbone: Mapping[str, Any] | None,
     zero_shot: bool,
     task: str | None,
+    device: str = "auto",
 ) -> dict[str, dict[str, TaskScore]]:
     """Score a run directory or adapter folder; results.json in the run directory keeps every finished task.
 
     `task` names one of the run's, where each has weights of its own. Every rank of a job calls this. They share the
-    questions; who holds the backbone is as in the run, unless the launcher says otherwise.
+    questions; who holds the backbone is as in the run, unless the launcher says otherwise. `device` is auto, cpu or
+    cuda: the run's own word for it counts for the run's machine.
     """
-    place, device = place_in_world(), pick_device()
-    launch, recipe = _here(read_recipe(adapter_folder(path), backbone)[1], place, device)
+    place, recipe = place_in_world(), read_recipe(adapter_folder(path), backbone)[1]
+    chosen = pick_device(device, console, recipe.backbone.dtype)
+    launch, recipe = _here(recipe, place, chosen)
     timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
-    with join(device, timeout, group=launch.strategy != "replicate") as world:
-        chosen = task_index(recipe, task)
-        opened = reopen(path, console, backbone, make_engine(world, launch, recipe))
-        opened.adapter.task = chosen
-        return score_opened(opened, settings, zero_shot=zero_shot, world=world)
+    with join(chosen, timeout, group=launch.strategy != "replicate") as world:
+        index = task_index(recipe, task)
+        opened = reopen(path, console, chosen, backbone, make_engine(world, launch, recipe))
+        opened.adapter.task = index
+        return score_opened(opened, settings, world, zero_shot=zero_shot)
 
 
 def _here(recipe: Recipe, place: Place, device: torch.device) -> tuple[Launch, Recipe]:
@@ -84,7 +87,7 @@ def _launchers_own(parallel: ParallelRecipe) -> ParallelRecipe:
 
 
 def score_opened(
-    opened: Reopened, settings: EvaluationRecipe, *, zero_shot: bool = False, world: World | None = None
+    opened: Reopened, settings: EvaluationRecipe, world: World, *, zero_shot: bool = False
 ) -> dict[str, dict[str, TaskScore]]:
     """Score a model in memory: with the adapter switched off first if asked for, then with it."""
     opened.adapter.one_task()  # or says that one has to be chosen

@@ -43,7 +43,7 @@ def untrained_run(tmp_path, name="llama", model=None, backbone=None, adapter=Non
     save_backbone(tmp_path / "backbone", name, **(model or {}))
     recipe = recipe_of(tmp_path, backbone, adapter)
     adapted = load_backbone(recipe.backbone, CPU)
-    chain = inject(adapted, recipe.adapter, 0)
+    chain = inject(adapted, recipe.adapter, 0, CPU)
     randomise(chain)
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)

@@ -50,7 +50,7 @@ def as_numbers(module, dtype):
 
 def adapt(model, name="llama", **changes):
     recipe = AdapterRecipe(**{"rank": 4, "alpha": 1.7, "target_modules": tuple(MODELS[name][3]), **changes})
-    adapter = inject(model, recipe, seed=0)
+    adapter = inject(model, recipe, 0, CPU)
     randomise(adapter)
     return adapter
 

@@ -62,7 +62,7 @@ def fake_commands(opened, run):
     return [(sys.executable, "-m", "tests.studies", str(run.recipe), *run.overrides, *own)]
 
 
-def study(path: Path, make_commands=fake_commands, machine=lambda: MACHINE, **options) -> tuple[int, str]:
+def study(path: Path, make_commands=fake_commands, machine=lambda _: MACHINE, **options) -> tuple[int, str]:
     """Run the command; return its exit code and what it printed."""
     console = Console(file=io.StringIO(), width=500, markup=False)
     given = {"study": str(path), "budget_minutes": 5.0, "dry_run": False, "table_only": False, **options}

@@ -67,8 +67,13 @@ class Adapter(nn.Module, ABC):
         return self.target_map.targets
 
     @abstractmethod
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, device: torch.device) -> None:
         """Freeze the model and take effect in it.
+
+        Args:
+            model: loaded, whole or sharded.
+            device: where it computes, and parameters of the adapter's own go. An engine that offloads keeps the
+                model's elsewhere.
 
         Raises:
             ValueError: it has an adapter already.

@@ -79,11 +79,11 @@ class ChainAdapter(Adapter):
         self._fold = Fold()
         self._shared: tuple[Any, ...] | None = None
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, device: torch.device) -> None:
         """Put linears that borrow the cores in the place of the model's, and fold the chain before every forward."""
         self.linears = place(model, self.targets, lambda base, _: AdaptedLinear(base, self))
         self.room = _weight_bytes(model) // ROOM
-        self.to(next(model.parameters()).device)
+        self.to(device)
         model.register_forward_pre_hook(lambda *_: self.fold())
         model.register_forward_hook(lambda *_: self.forget_input())
 

@@ -47,7 +47,7 @@ class HeadLinear(nn.Module):
         return F.linear(x_NI, weight_OI.to(x_NI.dtype), None if bias_O is None else bias_O.to(x_NI.dtype))
 
 
-def train_head(model: PreTrainedModel, adapter: Adapter, start: Mapping[str, Tensor]) -> None:
+def train_head(model: PreTrainedModel, adapter: Adapter, start: Mapping[str, Tensor], device: torch.device) -> None:
     """Let the adapter own these parameters of the model's head, and put linears that borrow them into their places.
 
     An engine may have sharded the model's own; they have no part in anything any more.
@@ -56,6 +56,7 @@ def train_head(model: PreTrainedModel, adapter: Adapter, start: Mapping[str, Ten
         model: a classifier.
         adapter: attached to it.
         start: every parameter of the head by its name in the model, whole.
+        device: where the model computes.
 
     Raises:
         ValueError: the head has a module that is not linear.
@@ -68,7 +69,6 @@ def train_head(model: PreTrainedModel, adapter: Adapter, start: Mapping[str, Ten
                 f"{type(model.get_submodule(path)).__name__}, and only heads of linears can be; set classifier.head: "
                 "frozen"
             )
-    device = next(model.parameters()).device
     adapter.head = Leaves({name: value.float().clone() for name, value in start.items()}).to(device)
     for path in paths:
         parent, _, name = path.rpartition(".")

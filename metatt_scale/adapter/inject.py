@@ -58,8 +58,17 @@ def head_dim_of(model: PreTrainedModel) -> int | None:
     return hidden // heads if hidden and heads else None
 
 
-def inject(model: PreTrainedModel, recipe: AdapterRecipe, seed: int, n_tasks: int = 0) -> ChainAdapter:
+def inject(
+    model: PreTrainedModel, recipe: AdapterRecipe, seed: int, device: torch.device, n_tasks: int = 0
+) -> ChainAdapter:
     """Freeze the model, put a new chain behind its target modules, and return the owner of the cores.
+
+    Args:
+        model: loaded, whole or sharded.
+        recipe: of the adapter.
+        seed: of the cores' random values.
+        device: where the model computes; an engine may keep its weights elsewhere meanwhile.
+        n_tasks: length of a task core.
 
     Raises:
         ValueError: no target, a target that is not linear, or a chain that is not zero at the start.
@@ -74,7 +83,7 @@ def inject(model: PreTrainedModel, recipe: AdapterRecipe, seed: int, n_tasks: in
         )
     adapter = ChainAdapter(spec, cores, recipe.alpha, target_map, compute_dtype(model))
     adapter.reference = recipe.operator == "reference"
-    adapter.attach(model)
+    adapter.attach(model, device)
     return adapter
 
 

@@ -49,10 +49,10 @@ class LinearAdapter(Adapter):
         y may be a view that nothing may write into.
         """
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, device: torch.device) -> None:
         """Put a module behind every target."""
         self.linears = place(model, self.targets, lambda base, index: BesideLinear(base, self, index))
-        self.to(next(model.parameters()).device)
+        self.to(device)
 
     def own(self) -> dict[str, nn.Parameter]:
         """Return the parameters of all targets, target by target."""

@@ -130,8 +130,13 @@ def read_adapter(folder: Path) -> ChainAdapter:
     return ChainAdapter(spec, ordered, alpha, target_map, torch.float32)
 
 
-def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
+def load_adapter(folder: Path, model: PreTrainedModel, device: torch.device) -> ChainAdapter:
     """Attach a saved chain to a freshly loaded backbone, and give that the head it was trained under.
+
+    Args:
+        folder: of the adapter.
+        model: the backbone.
+        device: where it computes.
 
     Raises:
         ValueError: damaged files, or a model whose modules do not fit the adapter's targets or its head.
@@ -140,7 +145,7 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> ChainAdapter:
     check_fit(model, adapter.target_map, folder)
     put_head(model, folder)
     adapter.compute_dtype = compute_dtype(model)
-    adapter.attach(model)
+    adapter.attach(model, device)
     return adapter
 
 

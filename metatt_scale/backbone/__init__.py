@@ -6,7 +6,6 @@ from metatt_scale.backbone.loading import (
     enable_checkpointing,
     load_backbone,
     load_skeleton,
-    pick_device,
 )
 from metatt_scale.backbone.quantised import quantised_linear
 from metatt_scale.backbone.source import Source, identity, is_other, resolve
@@ -30,7 +29,6 @@ __all__ = [
     "load_skeleton",
     "load_tokenizer",
     "pick_attention",
-    "pick_device",
     "quantised_linear",
     "resolve",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,25 +39,6 @@ from metatt_scale.recipe.architectures import architecture_file
 _ENCODERS = ("bert", "roberta")
 # Absent or unreadable files, settings of another type than the configuration's class wants, damaged weights.
 _LOADING_ERRORS = (OSError, ValueError, ImportError, StrictDataclassError, SafetensorError)
-
-
-def pick_device() -> torch.device:
-    """Return this process's accelerator, or the CPU (also where ACCELERATE_USE_CPU asks for it).
-
-    Raises:
-        ValueError: more ranks on this node than GPUs.
-    """
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
-        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if index >= count:
-            raise ValueError(
-                f"LOCAL_RANK is {index}, but this node has {count} GPU{'s' if count > 1 else ''}; start at most "
-                f"{count} process{'es' if count > 1 else ''} here, or set ACCELERATE_USE_CPU=1"
-            )
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
 
 
 def load_backbone(

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from metatt_scale.adapter import ChainAdapter, ChainSpec, Target, TargetMap
 from metatt_scale.adapter.modes import KINDS
-from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.report import Report, describe_machine, ratio_cells
 from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, take_turns
@@ -80,7 +79,7 @@ class _Modules(nn.Module):
         return [module(x_ND) for layer, x_ND in zip(self.layers, inputs, strict=True) for module in layer]  # type: ignore[union-attr]
 
 
-def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]) -> Report:
     """Time the arithmetic of MetaTT-4D at the recipe's sizes, and with each of them doubled.
 
     The sizes are layers, projections, width and the largest rank; `adapter.kind` and the order of modes do not count.
@@ -88,7 +87,7 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
     Raises:
         ValueError: what backbone and targets refuse.
     """
-    device, dtype = pick_device(), getattr(torch, recipe.backbone.dtype)
+    dtype = getattr(torch, recipe.backbone.dtype)
     shape = read_shape(recipe)
     layers, projections = len(shape.target_map.layers), len(shape.target_map.projections)
     rows = settings.examples * settings.length
@@ -133,7 +132,7 @@ def build_step(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[Ca
     y_ND, dy_ND = torch.zeros_like(x_ND), torch.ones_like(x_ND)
     model = _Modules(size, y_ND)
     adapter = ChainAdapter(spec, cores, 1.0, target_map, dtype)
-    adapter.attach(model)  # type: ignore[arg-type]
+    adapter.attach(model, device)  # type: ignore[arg-type]
     adapter.rows_per_step = size.rows
     adapter.room = 1 << 62  # there is no backbone that would set the limit
 

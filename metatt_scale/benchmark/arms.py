@@ -131,7 +131,7 @@ def _frozen(name: str, model: PreTrainedModel, work: Work) -> Arm:
 def _chain(kind: str, rank: int) -> Build:
     def build(name: str, model: PreTrainedModel, work: Work) -> Arm:
         recipe = chain_recipe(work.recipe, kind, rank)
-        adapter = inject(model, recipe.adapter, recipe.seed, TASKS)
+        adapter = inject(model, recipe.adapter, recipe.seed, work.device, TASKS)
         adapter.rows_per_step = work.batch.input_ids_BS.numel()
         # Where the chain knows tasks, the examples of a batch take turns.
         tasks_B1 = torch.arange(len(work.batch.input_ids_BS))[:, None] % TASKS

@@ -16,6 +16,8 @@ from metatt_scale.benchmark.settings import Settings, read_settings
 from metatt_scale.recipe import Recipe, only_chains, only_language_models
 
 if TYPE_CHECKING:
+    import torch
+
     from metatt_scale.benchmark.report import Report
 
 _WIDTH = 200
@@ -53,9 +55,11 @@ def run(recipe: Recipe, options: Namespace, console: Console) -> int:
         _check_place(file, options.json)
     measure = _table(options.table)
     from metatt_scale.benchmark.report import as_table, write_report
+    from metatt_scale.hardware import pick_device
 
+    device = pick_device(options.device or recipe.device, console, recipe.backbone.dtype)
     with console.status("benchmark") as status:
-        report = measure(recipe, settings, lambda text: status.update(text))
+        report = measure(recipe, settings, device, lambda text: status.update(text))
     if console.quiet:  # another rank than the first
         return 0
     if not console.is_terminal:
@@ -99,7 +103,7 @@ def _check_place(file: Path, given: str | None) -> None:
         ) from None
 
 
-def _table(name: str) -> Callable[[Recipe, Settings, Callable[[str], None]], Report]:
+def _table(name: str) -> Callable[[Recipe, Settings, torch.device, Callable[[str], None]], Report]:
     """Return what measures a table; each imports its libraries only when it is asked for."""
     match name:
         case "steps":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from metatt_scale.backbone import load_backbone, load_tokenizer, pick_device
+from metatt_scale.backbone import load_backbone, load_tokenizer
 from metatt_scale.benchmark.arms import LORA_RANKS
 from metatt_scale.benchmark.report import Report, describe_backbone, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings, settings_of
@@ -27,7 +27,7 @@ _WARM_UP_BLOCKS = 1
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 
 
-def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]) -> Report:
     """Let training loops take turns, so many optimizer steps each, on the same records and backbone.
 
     Raises:
@@ -38,14 +38,14 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
     show("tokenising")
     data = prepare(recipe.data, load_tokenizer(recipe.backbone), recipe.seed)  # type: ignore[arg-type]
     names = ["ours", "trainer", *(["trl"] if has_trl() else [])]
-    rows = _run(names, recipe, settings, show)
+    rows = _run(names, recipe, settings, device, show)
     for row in rows:
         row["rate_ratio"] = ratios(row["tokens_per_second"], rows[1]["tokens_per_second"])._asdict()
     return Report(
         table="end_to_end",
         title=f"training on {', '.join(source.path for source in recipe.data.train)}: {describe_backbone(recipe)}; "
         f"adapted: {describe_targets(recipe)}; {recipe.training.batch_size} examples a step",
-        machine=describe_machine(pick_device(), _PACKAGES),
+        machine=describe_machine(device, _PACKAGES),
         columns=("loop", "trained", "tokens/s", "/ Trainer", "range"),
         cells=tuple(_cells(row) for row in rows),
         rows=tuple(rows),
@@ -72,13 +72,15 @@ def adjusted(recipe: Recipe, settings: Settings) -> Recipe:
     )
 
 
-def _run(names: list[str], recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> list[dict[str, Any]]:
+def _run(
+    names: list[str], recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Let the loops take turns; return a row for each, with the seconds and tokens of its blocks that count."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     loops = {}
     for name in names:
         show(f"starting {name}")
-        loops[name] = LoopInTurns(contend, name, recipe, settings.block_steps)
+        loops[name] = LoopInTurns(contend, name, recipe, device, settings.block_steps)
     host = torch.device("cpu")  # each loop waits for its own device before it pauses
     for number, name in turns(names, settings.repeats, _WARM_UP_BLOCKS):
         show(f"{progress(number, settings.repeats)}: {name}")
@@ -94,10 +96,10 @@ def _run(names: list[str], recipe: Recipe, settings: Settings, show: Callable[[s
 
 
 def contend(
-    ready: Callable[[dict[str, Any]], None], pause: Pause, name: str, recipe: Recipe, block: int
+    ready: Callable[[dict[str, Any]], None], pause: Pause, name: str, recipe: Recipe, device: torch.device, block: int
 ) -> list[int]:
     """Be one loop, in a process of its own; return the real tokens of each of its blocks of steps."""
-    device, tokenizer = pick_device(), load_tokenizer(recipe.backbone)
+    tokenizer = load_tokenizer(recipe.backbone)
     data = prepare(recipe.data, tokenizer, recipe.seed)  # type: ignore[arg-type]
     model = load_backbone(recipe.backbone, device, recipe.seed)
     check_trainable(model, data)

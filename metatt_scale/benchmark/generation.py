@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from metatt_scale.adapter import ChainAdapter, inject, merge
-from metatt_scale.backbone import load_backbone, pick_device
+from metatt_scale.backbone import load_backbone
 from metatt_scale.benchmark.arms import (
     CHAINS,
     LORA_ALPHA,
@@ -49,7 +49,7 @@ class Decoder:
     """How the chain multiplies: merged, folded or thin."""
 
 
-def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]) -> Report:
     """Let the base model and adapters on it continue the same prompts, in turns, on one frozen backbone.
 
     Raises:
@@ -58,12 +58,11 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
     """
     import_peft()
     recipe = _without_checkpointing(recipe)
-    device = pick_device()
     show("loading the backbone")
     model = load_backbone(recipe.backbone, device, recipe.seed)
     check_room(model, settings)
     prompts_BS = random_batch(model, settings.examples, settings.length).input_ids_BS.to(device)
-    arms = decoders(model, recipe, settings.ranks, show)
+    arms = decoders(model, recipe, settings.ranks, device, show)
     tokens: dict[str, Tensor] = {}
 
     def act(arm: Decoder) -> Callable[[], None]:
@@ -109,7 +108,11 @@ def check_room(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def decoders(
-    model: PreTrainedModel, recipe: Recipe, ranks: tuple[int, ...], show: Callable[[str], None]
+    model: PreTrainedModel,
+    recipe: Recipe,
+    ranks: tuple[int, ...],
+    device: torch.device,
+    show: Callable[[str], None],
 ) -> list[Decoder]:
     """Return all arms in evaluation mode on the tensors of one model: the base, chains, LoRA.
 
@@ -122,7 +125,7 @@ def decoders(
             name = f"{CHAINS[_KIND]} r={rank}, {'merged' if merged else 'unmerged'}"
             show(f"adapting: {name}")
             own = twin(model)
-            adapter = _random_chain(own, chain_recipe(recipe, _KIND, rank))
+            adapter = _random_chain(own, chain_recipe(recipe, _KIND, rank), device)
             if merged:
                 merge(adapter)
             order = "merged" if merged else "folded" if adapter.folds_into_b else "thin"
@@ -168,9 +171,9 @@ def _without_checkpointing(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"backbone": backbone})
 
 
-def _random_chain(model: PreTrainedModel, recipe: Recipe) -> ChainAdapter:
+def _random_chain(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> ChainAdapter:
     """Put a chain behind the targets whose deltas have entries of standard deviation `_SHARE / sqrt(width)`."""
-    adapter = inject(model, recipe.adapter, recipe.seed)
+    adapter = inject(model, recipe.adapter, recipe.seed, device)
     generator = torch.Generator().manual_seed(recipe.seed)
     # 1 / sqrt(left bond) keeps the size of what runs through a core; the left bond of the first is 1.
     cores = [torch.randn(shape, generator=generator) / math.sqrt(shape[0]) for shape in adapter.spec.shapes]

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("block_steps", "steps per turn", type=int, metavar="N")
     add("new_tokens", "tokens to generate", type=int, metavar="N")
     add("ranks", "TT-ranks", metavar="R,R,...")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where it is measured (the recipe's `device`)")
     parser.add_argument("--json", metavar="FILE", help="where the raw numbers go (benchmark_TABLE_TIME.json)")
 
 

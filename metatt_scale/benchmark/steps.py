@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from metatt_scale.backbone import load_backbone, pick_device
+from metatt_scale.backbone import load_backbone
 from metatt_scale.benchmark.arms import FROZEN, TASKS, Arm, Work, builders, random_batch, twin
 from metatt_scale.benchmark.memory import peak_bytes
 from metatt_scale.benchmark.report import (
@@ -36,7 +37,7 @@ _NOTES = (
 )
 
 
-def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]) -> Report:
     """Time a step of every arm, in turns, on one frozen backbone.
 
     Raises:
@@ -44,7 +45,6 @@ def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> 
             targets refuse.
     """
     import_peft()
-    device = pick_device()
     show("loading the backbone")
     model = load_backbone(recipe.backbone, device, recipe.seed).train()
     check_room(model, settings)

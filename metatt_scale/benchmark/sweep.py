@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from metatt_scale.adapter import ChainSpec, Target, chain_spec
-from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.arms import chain_recipe
 from metatt_scale.benchmark.report import Report, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings, settings_of
@@ -34,13 +33,13 @@ _NOTES = (
 )
 
 
-def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]) -> Report:
     """Time a sweep and its counterparts at every rank; no weights are loaded.
 
     Raises:
         ValueError: what backbone and targets refuse.
     """
-    device, target_map = pick_device(), read_shape(recipe).target_map
+    target_map = read_shape(recipe).target_map
     targets, acts, specs = target_map.targets, {}, {}
     for rank in settings.ranks:
         spec = specs[rank] = chain_spec(chain_recipe(recipe, "metatt_4d", rank).adapter, target_map, None)

@@ -72,7 +72,7 @@ class _PausingTrainer(Trainer):
 def ours(model: PreTrainedModel, job: Job) -> Contestant:
     """Return the toolkit's loop with the recipe's own adapter."""
     recipe, world = job.recipe, World(device=job.device)
-    adapter = inject(model, recipe.adapter, recipe.seed)
+    adapter = inject(model, recipe.adapter, recipe.seed, job.device)
     settings: dict[str, Any] = {"recipe": recipe, "model": model, "adapter": adapter, "data": job.data}
     settings |= {"inputs": "benchmark", "pad_token_id": job.pad_token_id, "world": world, "folder": job.folder}
     settings |= {"console": Console(quiet=True), "block_steps": job.block_steps}

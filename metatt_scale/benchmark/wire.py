@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metatt_scale.adapter import chain_spec
-from metatt_scale.backbone import pick_device
 from metatt_scale.benchmark.arms import LORA_RANKS, chain_recipe
 from metatt_scale.benchmark.report import Report, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings, settings_of
@@ -52,13 +51,12 @@ class Traffic:
         return [_BUCKET // _FP32] * whole + [rest] * (rest > 0)
 
 
-def measure(recipe: Recipe, settings: Settings, show: Callable[[str], None]) -> Report:
+def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]) -> Report:
     """Time the all-reduces between the ranks of this job; no weights are loaded.
 
     Raises:
         ValueError: there is one rank only, or what backbone and targets refuse.
     """
-    device = pick_device()
     target_map = read_shape(recipe).target_map
     arms = []
     for rank in settings.ranks:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,18 +16,20 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
+    device: torch.device,
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> str:
-    """Return what the model writes after `prompt`; greedily at temperature 0, else sampled."""
+    """Return what the model, which computes on `device`, writes after `prompt`; greedily at temperature 0."""
     ids = list(tokenizer(prompt)["input_ids"])
-    return continue_tokens(model, tokenizer, [ids], max_new_tokens, temperature)[0]
+    return continue_tokens(model, tokenizer, [ids], device, max_new_tokens, temperature)[0]
 
 
 def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    device: torch.device,
     max_new_tokens: int,
     temperature: float = 0.0,
     *,
@@ -34,7 +37,14 @@ def continue_tokens(
 ) -> list[str]:
     """Return the text that follows each prompt of one left-padded batch (B = prompts, T = tokens of the longest).
 
-    `in_step` keeps all ranks of a job at it until the last one has finished its text: a sharded model needs them.
+    Args:
+        model: causal language model, whole or sharded.
+        tokenizer: its tokenizer (not changed).
+        prompts: tokens of each.
+        device: where the model computes.
+        max_new_tokens: most tokens that follow a prompt.
+        temperature: 0 decodes greedily.
+        in_step: keep all ranks of a job at it until the last one has finished its text; a sharded model needs them.
 
     Raises:
         ValueError: an empty prompt, no room for a new token, or a negative temperature.
@@ -51,10 +61,10 @@ def continue_tokens(
     # Padding by hand leaves the caller's tokenizer as it is, also where it has no padding token.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     longest = max(map(len, prompts))
-    tokens_BT = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    tokens_BT = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
     config = _generation_config(model, tokenizer, pad, max_new_tokens, temperature)
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), _said_to_be_on(device, model), torch.no_grad():
         output = model.generate(  # type: ignore[operator]
             input_ids=tokens_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=in_step
         )
@@ -82,6 +92,21 @@ def _generation_config(
         pad_token_id=pad,
         eos_token_id=eos,
     )
+
+
+@contextlib.contextmanager
+def _said_to_be_on(device: torch.device, model: PreTrainedModel) -> Iterator[None]:
+    """Let `model.device`, to which transformers moves the inputs of every step, be the device that computes.
+
+    It is that of the first parameter, which an engine that offloads keeps on the host.
+    """
+    kind = type(model)
+    if model.device != device:
+        model.__class__ = type(kind.__name__, (kind,), {"device": device, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        model.__class__ = kind
 
 
 @contextlib.contextmanager

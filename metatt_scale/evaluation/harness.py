@@ -40,7 +40,7 @@ def evaluate(
     label: str,
     fingerprint: str,
     *,
-    world: World | None = None,
+    world: World,
 ) -> dict[str, TaskScore]:
     """Score `model` on the tasks of `settings` and return {task: score} in their order.
 
@@ -56,12 +56,12 @@ def evaluate(
         results: JSON file that scores are kept in.
         label: name under which this model's scores are kept, for example "zero_shot".
         fingerprint: identifies backbone and adapter; another one makes old scores void.
-        world: the ranks of the job; this process alone when absent.
+        world: the ranks of the job, and the device that this one computes on.
 
     Raises:
         ValueError: unknown task, missing or broken data, unreachable hub.
     """
-    results, world = Path(results), world or World(device=model.device)
+    results = Path(results)
     wanted = list(dict.fromkeys(settings.tasks))
     generated = [task for task in wanted if task.startswith(PREFIX)]
     keys = task_keys(generated, settings, fingerprint)

@@ -135,7 +135,8 @@ def generated_answers(
     for first in range(0, len(batches), world.size):
         mine = first + world.rank
         batch = batches[mine if mine < len(batches) else 0]
-        texts = continue_tokens(model, tokenizer, [prompts[i] for i in batch], MAX_NEW_TOKENS, in_step=world.size > 1)
+        asked, in_step = [prompts[i] for i in batch], world.size > 1
+        texts = continue_tokens(model, tokenizer, asked, world.device, MAX_NEW_TOKENS, in_step=in_step)
         for i, text in zip(batch, texts, strict=True):
             if mine < len(batches):
                 found = extract_answer(text, admissible_labels(records[i]["answer"]))

@@ -48,6 +48,7 @@ class Scorer(_HFLM):
             batch_size=batch_size,
             softmax_dtype="float32",
         )
+        self._device = world.device  # HFLM takes that of the first parameter, which may be offloaded
         self.world = world
         self.advance = advance
         self.truncated = 0

@@ -51,9 +51,9 @@ class AdaLora(PeftAdapter):
         )
         return peft.AdaLoraModel(tree, config, TRAINED)
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, device: torch.device) -> None:
         """Put PEFT's layers behind their targets, with scores of zero."""
-        super().attach(model)
+        super().attach(model, device)
         for layer, _ in self.layer_and_path():
             if type(layer.base_layer) not in (nn.Linear, Conv1D):
                 # PEFT adds in place, and packed linears may return views that nothing may write into.

@@ -73,7 +73,7 @@ METHODS = {
 def build_adapter(
     model: PreTrainedModel,
     recipe: Recipe,
-    world: World | None = None,
+    world: World,
     engine: Engine | None = None,
     *,
     resumes: bool = False,
@@ -83,7 +83,7 @@ def build_adapter(
     Args:
         model: loaded, whole or sharded.
         recipe: with the adapter's section.
-        world: the ranks; one process where absent.
+        world: the ranks, and the device that this one computes on.
         engine: what has sharded the model.
         resumes: a checkpoint will fill it, so no start is computed, or read from
             `adapter.start_from`, which may be gone by now.
@@ -92,37 +92,37 @@ def build_adapter(
         ValueError: the adapter does not fit the model.
     """
     if recipe.adapter.kind in INNER_BONDS:
-        adapter: Adapter = inject(model, recipe.adapter, recipe.seed, len(recipe.tasks))
+        adapter: Adapter = inject(model, recipe.adapter, recipe.seed, world.device, len(recipe.tasks))
     else:
         adapter = make_alone(find(model, recipe.adapter), recipe, compute_dtype(model))
-        adapter.attach(model)
+        adapter.attach(model, world.device)
         start = METHODS[recipe.adapter.kind].start
         if start is not None and not resumes:
-            start(adapter, model, world or World(device=next(model.parameters()).device), engine)
-    _train_head(model, recipe, adapter)
+            start(adapter, model, world, engine)
+    _train_head(model, recipe, adapter, world.device)
     if recipe.adapter.start_from is not None and not resumes:
         assert isinstance(adapter, ChainAdapter), "the recipe refuses others"
         known = go_on(model, recipe, adapter)
-        if (world is None or world.is_first) and known is not None and is_other(recipe.backbone, known):
+        if world.is_first and known is not None and is_other(recipe.backbone, known):
             logger.warning("adapter.start_from: that chain was trained on other weights (%s)", known)
     return adapter
 
 
-def reload_adapter(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Adapter:
-    """Put a saved adapter beside a freshly loaded model.
+def reload_adapter(folder: Path, model: PreTrainedModel, recipe: Recipe, device: torch.device) -> Adapter:
+    """Put a saved adapter beside a freshly loaded model, which computes on `device`.
 
     Raises:
         ValueError: damaged files, or another model than the one it was trained beside.
     """
     if recipe.adapter.kind in INNER_BONDS:
-        adapter: Adapter = load_adapter(folder, model)
+        adapter: Adapter = load_adapter(folder, model, device)
     else:
         target_map = read_targets(folder)
         check_fit(model, target_map, folder)
         put_head(model, folder)
         adapter = make_alone(target_map, recipe, compute_dtype(model))
-        adapter.attach(model)
-    _train_head(model, recipe, adapter)
+        adapter.attach(model, device)
+    _train_head(model, recipe, adapter, device)
     fill(adapter, folder)
     return adapter
 
@@ -161,6 +161,6 @@ def make_alone(target_map: TargetMap, recipe: Recipe, dtype: torch.dtype) -> Ada
     return METHODS[recipe.adapter.kind].make(target_map, recipe, dtype)
 
 
-def _train_head(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> None:
+def _train_head(model: PreTrainedModel, recipe: Recipe, adapter: Adapter, device: torch.device) -> None:
     if recipe.classifier is not None and recipe.classifier.head == "trained":
-        train_head(model, adapter, head_tensors(model))
+        train_head(model, adapter, head_tensors(model), device)

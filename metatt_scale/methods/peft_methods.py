@@ -94,10 +94,9 @@ class PeftAdapter(Adapter):
             "fan_in_fan_out": any(target.transposed for target in self.targets),
         }
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, device: torch.device) -> None:
         """Put PEFT's layers behind their targets."""
         self.linears = place(model, self.targets, lambda linear, index: BesidePeft(linear, self, self._layers[index]))
-        device = next(model.parameters()).device
         for placed, layer in zip(self.linears, self._layers, strict=True):
             layer.base_layer = placed.base_layer
             for name, part in layer.named_children():

@@ -36,7 +36,7 @@ def start_at_weights(adapter: Adapter, model: PreTrainedModel, world: World, eng
     for placed, target in zip(adapter.linears, adapter.targets, strict=True):
         path, here = target.path, f"{target.path}.base_layer"
         with engine.gathered(model, here) if engine is not None else contextlib.nullcontext():
-            plain = plain_linear(placed.base_layer, torch.float32) if world.is_first else None
+            plain = plain_linear(placed.base_layer, torch.float32).to(world.device) if world.is_first else None
         if plain is not None:  # while the others go on to the next gather and wait there
             try:
                 a_RI, b_OR = _factors(plain, adapter.recipe)

@@ -25,7 +25,7 @@ class HeadOnly(Adapter):
     def __init__(self, target_map: TargetMap, recipe: Recipe, dtype: torch.dtype) -> None:
         super().__init__(target_map, dtype)
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, device: torch.device) -> None:
         """Freeze the model."""
         model.requires_grad_(False)
 
@@ -50,7 +50,7 @@ class Full(Adapter):
         self._without_head = recipe.classifier is not None
         self._weights: dict[str, nn.Parameter] = {}  # the model's, so not registered as the adapter's
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, device: torch.device) -> None:
         """Let every weight train."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (self._without_head and in_head(model, name)))

@@ -29,7 +29,7 @@ def counts(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
         form = {"modes": list(spec.modes), "sizes": list(spec.sizes), "ranks": list(spec.ranks)}
     else:
         adapter = make_alone(targets, recipe, torch.float32)
-        adapter.attach(model)
+        adapter.attach(model, torch.device("meta"))
         trained, form = adapter.n_trained, {"summary": adapter.summary()}
     head = [p.numel() for name, p in model.named_parameters() if recipe.classifier and in_head(model, name)]
     return {

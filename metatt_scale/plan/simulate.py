@@ -111,7 +111,7 @@ def simulate(recipe: Recipe, ranks: int, gpus_per_node: int) -> Simulation:
             )
         with fake_world(0, ranks, gpus_per_node) as world:
             model = load_sharded(small, world, layout.strategy)
-            adapter = inject(model, small.adapter, small.seed)
+            adapter = inject(model, small.adapter, small.seed, world.device)
             first, counter = held_bytes(model), Collectives(model)
             with counter:
                 run_step(model, adapter, world)

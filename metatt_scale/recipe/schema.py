@@ -206,6 +206,9 @@ class Recipe(Section):
     parallel: ParallelRecipe = ParallelRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     logging: LoggingRecipe = LoggingRecipe()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training and benchmarks compute. `auto` takes a GPU where PyTorch can use one, and refuses a machine
+    whose GPUs a PyTorch that is built for them cannot use; `cuda` insists on one, `cpu` leaves them alone."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -16,7 +16,7 @@ import numpy as np
 from metatt_scale.recipe import Recipe
 from metatt_scale.report.runs import Run, number, ranks_of
 
-_NO_DIFFERENCE = ("seed", "output_dir")
+_NO_DIFFERENCE = ("seed", "output_dir", "device")
 _FEW_EPOCHS, _MOST_COLUMNS = 5, 40  # a heat map of two epochs would show nothing: it gets finer columns
 MODES = ("input", "layer", "task", "projection", "head", "output")
 """The paper's orders of the chain, of all kinds in one."""
@@ -167,7 +167,7 @@ def span(rows: Sequence[Sequence[int]]) -> str:
 
 
 def make_groups(runs: Sequence[Run], labels: Sequence[str] | None = None) -> list[Group]:
-    """Put runs that differ only in seed and output_dir together, in the order in which they are given.
+    """Put runs that differ only in seed, output_dir and device together, in the order in which they are given.
 
     Groups are called after the recipe keys in which they differ; a single one after its first run.
 

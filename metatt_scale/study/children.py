@@ -15,7 +15,7 @@ from pathlib import Path
 import metatt_scale
 from metatt_scale.files import write_text
 from metatt_scale.study.outcome import is_trained
-from metatt_scale.study.runs import OpenStudy, Run
+from metatt_scale.study.runs import OpenStudy, Run, resolve
 
 Command = Sequence[str]
 MakeCommands = Callable[[OpenStudy, Run], Sequence[Command]]
@@ -31,7 +31,9 @@ def commands_of(opened: OpenStudy, run: Run) -> list[Command]:
         own = (f"seed={run.seed}", f"output_dir={json.dumps(str(run.folder))}")
         commands.append((*_CLI, "train", str(run.recipe), *run.overrides, *own))
     if tasks := opened.tasks(run):
-        commands.append((*_CLI, "evaluate", str(run.folder), "--tasks", ",".join(tasks)))
+        device = resolve(run.recipe, run.overrides).device  # which scoring does not take from the run itself
+        where = () if device == "auto" else ("--device", device)
+        commands.append((*_CLI, "evaluate", str(run.folder), "--tasks", ",".join(tasks), *where))
     return commands
 
 
@@ -42,13 +44,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
-def read_machine() -> dict[str, object]:
+def read_machine(device: str = "auto") -> dict[str, object]:
     """Return versions and device, from a process of its own: ours needs no torch and holds no GPU memory.
+
+    `device` is the recipe's.
 
     Raises:
         ValueError: that process failed, so runs would too.
     """
-    command = [sys.executable, "-m", "metatt_scale.study.machine"]
+    command = [sys.executable, "-m", "metatt_scale.study.machine", device]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise ValueError(f"torch cannot be imported or used here: {done.stderr.strip()[-500:]}")

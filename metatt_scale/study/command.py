@@ -52,7 +52,7 @@ def run(
     options: Namespace,
     console: Console,
     make_commands: MakeCommands = commands_of,
-    machine: Callable[[], dict[str, Any]] = read_machine,
+    machine: Callable[[str], dict[str, Any]] = read_machine,
 ) -> int:
     """Run what is left of a study and write its table.
 
@@ -60,7 +60,8 @@ def run(
         options: study, budget_minutes, dry_run, table_only.
         console: for progress and the table.
         make_commands: what a run is made of, and
-        machine: what its line of results says of this machine; tests put something quick in their places.
+        machine: what its line of results says of this machine, given the recipe's `device`; tests put something
+            quick in their places.
 
     Returns:
         0 if nothing failed, also where the time was up; 1 if a run failed; 128 plus the number of the signal that
@@ -102,11 +103,11 @@ class _Invocation:
         self._closed = False  # nothing is started any more
         self._stopping = False  # and what works is to save its state and end
 
-    def work(self, machine: Callable[[], dict[str, Any]]) -> int:
+    def work(self, machine: Callable[[str], dict[str, Any]]) -> int:
         """Run until nothing is left, the time is up, or a signal comes; return the exit code."""
         if not self._agenda.left:
             return 1 if self._agenda.undecided else 0
-        self._machine = machine()
+        self._machine = machine(self._opened.device)
         jobs, runs = self._opened.study.jobs, self._opened.runs
         self._console.print(f"{self._outlook()}; {jobs} at a time, each with a log.txt below {runs}")
         with self._signals():

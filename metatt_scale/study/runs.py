@@ -18,6 +18,7 @@ OWN_KEYS = ("seed", "output_dir")
 # Keys that change neither a bit of a run nor how it is scored; but `max_nonfinite_steps` says when one has diverged.
 _FREE = {
     "output_dir": True,
+    "device": True,
     "seed": True,  # recorded beside the digest
     "logging": True,
     "parallel": True,
@@ -80,6 +81,12 @@ class OpenStudy:
     def prefers_more(self, arm: str, name: str) -> bool:
         """Return whether more of a number is better for an arm."""
         return self.study.score.prefers_more(self.headline(arm) if name == HEADLINE else name)
+
+    @property
+    def device(self) -> str:
+        """The recipe's `device`: that of the first arm."""
+        arm, overrides = next(iter(self.arms.items()))
+        return resolve(self._recipe_of(arm), overrides).device
 
     def numbers(self, run: Run) -> tuple[str, ...]:
         """Return the numbers that a run must have to count as finished."""

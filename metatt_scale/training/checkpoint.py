@@ -43,6 +43,7 @@ _FREE = (
     "output_dir",
     "evaluation",
     "logging",
+    "device",
     "training.resume",
     "training.save_every",
     "training.keep_checkpoints",

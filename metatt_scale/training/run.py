@@ -22,11 +22,11 @@ from metatt_scale.backbone import (
     identity,
     load_backbone,
     load_tokenizer,
-    pick_device,
 )
 from metatt_scale.data import PreparedData, prepare
 from metatt_scale.files import new_folder, write_text
 from metatt_scale.methods import build_adapter, known_tasks
+from metatt_scale.hardware import pick_device
 from metatt_scale.parallel import (
     Launch,
     Message,
@@ -78,7 +78,8 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         OtherRankError: rank 0 failed and tells why.
     """
     folder = Path(recipe.output_dir).expanduser()
-    launch, place, device = read_launch(recipe.parallel), place_in_world(), pick_device()
+    launch, place = read_launch(recipe.parallel), place_in_world()
+    device = pick_device(recipe.device, console, recipe.backbone.dtype)
     check_engine(launch, recipe, size=place.size, local_size=place.local_size, device=device)
     with contextlib.ExitStack() as stack:
         if place.rank == 0:

@@ -61,7 +61,7 @@ def make_trainer(recipe: Recipe, world: World, launch: Launch) -> Trainer:
     """The trainer that `train` would make, but with cores of random values."""
     engine = make_engine(world, launch, recipe)
     model = load_backbone(recipe.backbone, CPU, recipe.seed, engine)
-    adapter = inject(model, recipe.adapter, recipe.seed)
+    adapter = inject(model, recipe.adapter, recipe.seed, world.device)
     randomise(adapter)
     return Trainer(
         recipe=recipe,

@@ -92,7 +92,7 @@ def measure(options, path, world):
     seconds, settled = time.perf_counter() - start, anonymous()
     with Peak() as forward, torch.no_grad():
         model(input_ids=ids)
-    adapter = inject(model, AdapterRecipe(rank=16), seed=0)
+    adapter = inject(model, AdapterRecipe(rank=16), 0, world.device)
     with Peak() as step:
         loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()

@@ -41,7 +41,7 @@ def make_recipe(folder: Path, path: str = "", quantization: str = "none") -> Rec
 def ours(recipe: Recipe, world: World) -> tuple[int, int]:
     """Return count and bytes of the all-reduces of one step of ours."""
     model = load_backbone(recipe.backbone, world.device, recipe.seed).train()
-    adapter = inject(model, recipe.adapter, recipe.seed)
+    adapter = inject(model, recipe.adapter, recipe.seed, world.device)
     counter = Collectives(model)
     with counter:
         run_step(model, adapter, world)

@@ -12,6 +12,7 @@ from metatt_scale.adapter import inject, merge, unmerge
 from metatt_scale.backbone import enable_checkpointing
 from metatt_scale.recipe import AdapterRecipe
 from tests.tiny import FLOAT64, MODELS, randomise, tiny_model, tokens
+from tests.toy import CPU
 
 ORDERS_4D = [
     ("input", "layer", "projection", "output"),
@@ -72,7 +73,7 @@ def compare(name, recipe, *, seed=1, arithmetic="folded"):
     """Return relative errors (logits, core gradients) of the adapted model against the dense one, in float64."""
     plain = tiny_model(name, dtype=torch.float64)
     adapted = copy.deepcopy(plain)
-    adapter = inject(adapted, recipe, seed=0).double()
+    adapter = inject(adapted, recipe, 0, CPU).double()
     randomise(adapter, seed)
     choose(adapter, arithmetic)
     ids = tokens()
@@ -118,9 +119,9 @@ def test_input_between_head_and_output_is_refused():
     order = ("layer", "head", "input", "projection", "output")
     recipe = AdapterRecipe(kind="metatt_5d", mode_order=order)
     with pytest.raises(ValueError, match="may not stand between head and output"):
-        inject(tiny_model("llama"), recipe, seed=0)
+        inject(tiny_model("llama"), recipe, 0, CPU)
     with pytest.raises(ValueError, match="exactly once"):
-        inject(tiny_model("llama"), AdapterRecipe(mode_order=("input", "layer", "output")), seed=0)
+        inject(tiny_model("llama"), AdapterRecipe(mode_order=("input", "layer", "output")), 0, CPU)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,7 +129,7 @@ def test_start_is_the_frozen_model_and_disable_restores_it(name):
     model = tiny_model(name)
     ids = tokens()
     before = model(ids).logits.detach()
-    adapter = inject(model, AdapterRecipe(target_modules=tuple(MODELS[name][2])), seed=0)
+    adapter = inject(model, AdapterRecipe(target_modules=tuple(MODELS[name][2])), 0, CPU)
     assert torch.equal(model(ids).logits, before)
     randomise(adapter)
     assert not torch.allclose(model(ids).logits, before)
@@ -140,7 +141,7 @@ def test_start_is_the_frozen_model_and_disable_restores_it(name):
 def test_the_cores_have_one_owner_and_the_backbone_never_sees_them():
     model = tiny_model("llama")
     before = dict(model.named_parameters())
-    adapter = inject(model, AdapterRecipe(target_modules=("q_proj", "v_proj")), seed=0)
+    adapter = inject(model, AdapterRecipe(target_modules=("q_proj", "v_proj")), 0, CPU)
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert after.keys() == before.keys() and all(after[k] is before[k] for k in before)
     assert len(adapter.linears) == 6 and all(linear.adapter is adapter for linear in adapter.linears)
@@ -152,7 +153,7 @@ def test_the_cores_have_one_owner_and_the_backbone_never_sees_them():
 
 def test_gradients_accumulate_over_micro_batches_and_reach_the_cores_once():
     model = tiny_model("llama", dtype=torch.float64)
-    adapter = inject(model, AdapterRecipe(rank=4), seed=0).double()
+    adapter = inject(model, AdapterRecipe(rank=4), 0, CPU).double()
     randomise(adapter)
     ids = tokens(batch=4)
     model(ids).logits.square().sum().backward()
@@ -173,7 +174,7 @@ def test_optimizer_steps_are_seen_by_the_next_forward(reentry):
     model = tiny_model("llama", dtype=torch.float64)
     if reentry:
         enable_checkpointing(model)
-    adapter = inject(model, AdapterRecipe(rank=4), seed=0).double()
+    adapter = inject(model, AdapterRecipe(rank=4), 0, CPU).double()
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-2)
     ids = tokens()
     losses = []
@@ -193,7 +194,7 @@ def test_checkpointing_gives_the_same_gradients():
         model = tiny_model("llama", dtype=torch.float64)
         if checkpointing:
             enable_checkpointing(model)
-        adapter = inject(model, AdapterRecipe(rank=4, target_modules="all-linear"), seed=0).double()
+        adapter = inject(model, AdapterRecipe(rank=4, target_modules="all-linear"), 0, CPU).double()
         randomise(adapter)
         ids = tokens()
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -206,7 +207,7 @@ def test_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "roberta"])
 def test_merge_and_unmerge(name):
     model = tiny_model(name, dtype=torch.float64)
-    adapter = inject(model, AdapterRecipe(rank=5, target_modules=tuple(MODELS[name][3])), seed=0).double()
+    adapter = inject(model, AdapterRecipe(rank=5, target_modules=tuple(MODELS[name][3])), 0, CPU).double()
     randomise(adapter)
     ids = tokens()
     bits = {k: v.clone() for k, v in model.state_dict().items()}
@@ -221,7 +222,7 @@ def test_merge_and_unmerge(name):
 
 def test_merge_refuses_what_is_not_finite():
     model = tiny_model("llama")
-    adapter = inject(model, AdapterRecipe(), seed=0)
+    adapter = inject(model, AdapterRecipe(), 0, CPU)
     randomise(adapter)
     with torch.no_grad():
         adapter.cores[1][0, 1, 0] = math.inf
@@ -234,7 +235,7 @@ def test_merge_refuses_what_is_not_finite():
 def test_lora_form_is_exact(order):
     model = tiny_model("llama")
     recipe = AdapterRecipe(rank=5, alpha=3.0, target_modules=("q_proj", "k_proj", "down_proj"), mode_order=order)
-    adapter = inject(model, recipe, seed=0).double()
+    adapter = inject(model, recipe, 0, CPU).double()
     randomise(adapter)
     for target, pair in zip(adapter.targets, adapter.lora_pairs(), strict=True):
         expected = dense_delta(adapter, target, list(adapter.cores)).mT
@@ -245,7 +246,7 @@ def test_lora_form_is_exact(order):
 
 def test_inference_mode_then_training():
     model = tiny_model("llama")
-    adapter = inject(model, AdapterRecipe(), seed=0)
+    adapter = inject(model, AdapterRecipe(), 0, CPU)
     randomise(adapter)
     ids = tokens()
     with torch.inference_mode():

@@ -48,7 +48,7 @@ def test_checkpointing_runs_every_layer_twice_and_keeps_the_gradients(tmp_path, 
     runs, gradients = {}, {}
     for wanted in (False, True):
         model = load(tmp_path, gradient_checkpointing=wanted).train()
-        adapter = inject(model, AdapterRecipe(rank=3, target_modules=tuple(MODELS[name][2])), seed=0)
+        adapter = inject(model, AdapterRecipe(rank=3, target_modules=tuple(MODELS[name][2])), 0, CPU)
         randomise(adapter)
         runs[wanted] = []
         for linear in adapter.linears:

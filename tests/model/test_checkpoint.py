@@ -286,6 +286,7 @@ def test_what_decides_no_bit_may_differ(run, finished, tmp_path):
         training={"save_every": "never", "keep_checkpoints": 5, "resume": "exact"},
     )
     train(free, console := quiet())
+        device="cpu",
     assert "resuming after step 6" in said(console)
 
 

@@ -159,7 +159,7 @@ def test_a_run_and_its_adapter_keep_that_spread(tmp_path):
     usual = load_backbone(recipe.backbone, CPU, recipe.seed, classes=2).get_parameter("classifier.weight")
     factor = 0.5 / BERT["initializer_range"]
     trained = train(recipe, quiet())
-    for model in (trained.model, reopen(trained.folder, quiet()).model):
+    for model in (trained.model, reopen(trained.folder, quiet(), CPU).model):
         torch.testing.assert_close(model.get_parameter("classifier.weight"), factor * usual, rtol=FLOAT32, atol=0)
 
 
@@ -170,7 +170,7 @@ def test_an_adapter_brings_its_head_back(tmp_path):
     with torch.no_grad():
         for kind in ("weight", "bias"):
             fresh.get_parameter(f"classifier.{kind}").fill_(1.0)  # as if another version of torch had drawn it
-    load_adapter(run.folder / "adapter", fresh)
+    load_adapter(run.folder / "adapter", fresh, CPU)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         assert torch.equal(fresh(ids).logits, run.model.eval()(ids).logits)
@@ -180,14 +180,14 @@ def test_a_damaged_or_unfitting_head_is_refused(tmp_path):
     recipe = toy_classifier(tmp_path)
     folder = train(recipe, quiet()).folder / "adapter"
     with pytest.raises(ValueError, match=r"holds .* of shape .* load the backbone with the recipe's `classifier`"):
-        load_adapter(folder, load_backbone(recipe.backbone, CPU, classes=3))
+        load_adapter(folder, load_backbone(recipe.backbone, CPU, classes=3), CPU)
     content = (folder / "head.safetensors").read_bytes()
     (folder / "head.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ValueError, match="its hash differs"):
-        reopen(folder, quiet())
+        reopen(folder, quiet(), CPU)
     (folder / "head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"head\.safetensors is missing"):
-        reopen(folder, quiet())
+        reopen(folder, quiet(), CPU)
 
 
 # ---- scores

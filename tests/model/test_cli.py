@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metatt_scale import __version__
+from metatt_scale import __version__, hardware
 from metatt_scale.cli import _evaluation_settings, main
 from metatt_scale.recipe import EvaluationRecipe, load_recipe
 from metatt_scale.training import TrainingStopped, loop
 from tests.toy import metrics, snapshot, toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
+DEVICE = "device: "
+"""What the first line of a command begins with."""
 
 
 @pytest.fixture
@@ -74,6 +76,7 @@ def test_train_says_what_it_did_and_what_comes_next(recipe, capsys):
     ):
         assert words in output.out
     assert "Traceback" not in output.err and "error" not in output.err
+    assert output.out.startswith(DEVICE)
     files = {"recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", ".lock"}
     assert set(os.listdir(folder)) == files
     assert set(os.listdir(folder / "adapter")) >= {"metatt.json", "metatt.safetensors"}
@@ -128,9 +131,11 @@ def test_generate_prints_the_text_alone(recipe, capsys):
     printed = []
     for more in ([], [], ["--backbone-only"], ["--backbone", f"random:{recipe.parent / 'model' / 'config.json'}"]):
         assert main([*arguments, *more]) == 0
-        printed.append(capsys.readouterr().out)
+        output = capsys.readouterr()
+        printed.append(output.out)
+        assert output.err.startswith(DEVICE)
     assert printed[0] == printed[1] == printed[3] != printed[2]
-    assert "loading" not in printed[0]
+    assert "loading" not in printed[0] and "device" not in printed[0]
 
 
 @pytest.mark.parametrize(
@@ -139,12 +144,47 @@ def test_generate_prints_the_text_alone(recipe, capsys):
 def test_export(recipe, capsys, to, file):
     assert main(["train", str(recipe), "training.max_steps=2"]) == 0
     before = snapshot(recipe.parent / "run" / "adapter")
+    capsys.readouterr()
     for out in ([], ["--out", str(recipe.parent / "elsewhere")]):
         assert main(["export", str(recipe.parent / "run"), "--to", to, *out]) == 0
         folder = Path(out[1]) if out else recipe.parent / "run" / "exports" / to
         assert (folder / file).is_file() and (folder / "README.md").is_file()
-        assert f"{to} export: {folder}" in capsys.readouterr().out.replace("\n", "")
+        output = capsys.readouterr().out
+        assert f"{to} export: {folder}" in output.replace("\n", "")
+        assert output.startswith(DEVICE) == (to == "merged")  # the others compute nothing
     assert snapshot(recipe.parent / "run" / "adapter") == before
+
+
+def test_evaluate_and_benchmark_say_where_they_compute(recipe, monkeypatch, capsys):
+    assert main(["train", str(recipe), "training.max_steps=1"]) == 0
+    monkeypatch.setattr("metatt_scale.scoring.evaluate", lambda *_, world: {})
+    monkeypatch.setattr("metatt_scale.evaluation.score_table", lambda _: "")
+    monkeypatch.setattr("metatt_scale.benchmark.command._table", lambda name: lambda *_: 1 / 0)
+    capsys.readouterr()
+    assert main(["evaluate", str(recipe.parent / "run"), "--tasks", "boolq", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith(DEVICE)
+    with pytest.raises(ZeroDivisionError):
+        main(["benchmark", str(recipe), "--device", "cpu"])
+    assert capsys.readouterr().out.startswith(DEVICE)
+
+
+def test_a_gpu_that_is_not_there_is_one_message(recipe, monkeypatch, capsys):
+    assert main(["train", str(recipe), "training.max_steps=1"]) == 0
+    monkeypatch.setattr(hardware, "find_hardware", lambda: hardware.Hardware(torch="2.13.0+cpu"))
+    run = str(recipe.parent / "run")
+    for command in (
+        ["train", str(recipe), "device=cuda"],
+        ["benchmark", str(recipe), "device=cuda"],
+        ["benchmark", str(recipe), "--device", "cuda"],
+        ["evaluate", run, "--tasks", "boolq", "--device", "cuda"],
+        ["generate", run, "--prompt", "1+2", "--device", "cuda"],
+        ["export", run, "--to", "merged", "--device", "cuda"],
+    ):
+        capsys.readouterr()
+        assert main(command) == 2, command
+        output = capsys.readouterr()
+        assert output.err.startswith("error: device is cuda, but ") and output.err.count("\n") == 1
+    assert not (recipe.parent / "run" / "exports" / "merged").exists()
 
 
 def test_evaluation_settings_are_the_recipes_with_the_options_laid_over(tmp_path):

@@ -18,6 +18,7 @@ from metatt_scale.evaluation import evaluate, harness, read_scores
 from metatt_scale.evaluation.tasks import TASKS_FOLDER, build_task, load_definition
 from metatt_scale.parallel import World
 from tests.questions import METRICS, questions, recipe, write
+from tests.toy import CPU
 
 pytestmark = pytest.mark.usefixtures("no_network")
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "lm_eval"
@@ -71,7 +72,9 @@ def test_against_independent_log_likelihoods(
         expected["acc"] += str(int(values.index(max(values)) == right))
         expected["acc_norm"] += str(int(normed.index(max(normed)) == right))
     settings = recipe(data, task, batch_size=5)
-    score = evaluate(byte_llama, byte_bpe, settings, tmp_path / "r.json", "zero-shot", "f")[task]
+    score = evaluate(byte_llama, byte_bpe, settings, tmp_path / "r.json", "zero-shot", "f", world=World(device=CPU))[
+        task
+    ]
     assert score.samples == expected
     assert score.metric == METRICS[task]
     assert score.n == 12
@@ -136,10 +139,10 @@ def test_resume_modes_and_random_state(
     state = torch.get_rng_state(), random.getstate()
     try:
         with pytest.raises(KeyboardInterrupt):
-            evaluate(byte_llama, byte_bpe, settings, results, "tuned", "f")
+            evaluate(byte_llama, byte_bpe, settings, results, "tuned", "f", world=World(device=CPU))
         assert [module.training for module in byte_llama.modules()] == modes
         first = read_scores(results)["tuned"]["social_iqa"]
-        scores = evaluate(byte_llama, byte_bpe, settings, results, "tuned", "f")
+        scores = evaluate(byte_llama, byte_bpe, settings, results, "tuned", "f", world=World(device=CPU))
         assert [module.training for module in byte_llama.modules()] == modes
     finally:
         byte_llama.eval()
@@ -151,10 +154,18 @@ def test_resume_modes_and_random_state(
     assert state[1] == random.getstate()
     assert byte_bpe.pad_token is None
 
-    evaluate(byte_llama, byte_bpe, settings.model_copy(update={"batch_size": 3}), results, "tuned", "f")
+    evaluate(
+        byte_llama,
+        byte_bpe,
+        settings.model_copy(update={"batch_size": 3}),
+        results,
+        "tuned",
+        "f",
+        world=World(device=CPU),
+    )
     assert len(asked) == 2
     for i, (changed, fingerprint) in enumerate([(settings, "g"), (recipe(data, "piqa", limit=4), "g")]):
-        evaluate(byte_llama, byte_bpe, changed, results, "tuned", fingerprint)
+        evaluate(byte_llama, byte_bpe, changed, results, "tuned", fingerprint, world=World(device=CPU))
         assert len(asked) == (4, 5)[i]
 
 
@@ -206,7 +217,7 @@ def test_own_task_file_and_data(
     (tmp_path / "colours.yaml").write_text(yaml.safe_dump(definition))
     write(tmp_path / "colours.jsonl", [{"text": "water", "label": 1}, {"text": "fire", "label": 0}])
     settings, results = recipe(tmp_path, "colours", limit=1), tmp_path / "r.json"
-    score = evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f")["colours"]
+    score = evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f", world=World(device=CPU))["colours"]
     assert score.n == 1
     assert set(score.samples) == {"acc", "acc_norm"}
 
@@ -238,7 +249,7 @@ def test_errors_come_before_the_first_question(
     results = tmp_path / "results.json"
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f")
+            evaluate(byte_llama, byte_bpe, settings, results, "zero-shot", "f", world=World(device=CPU))
     assert not results.exists()
 
 
@@ -253,7 +264,9 @@ def test_generation_tasks_of_the_harness_are_refused(tmp_path: Path, monkeypatch
 def test_real_questions(byte_llama: Any, byte_bpe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = recipe(REAL, *METRICS, limit=4)
     with caplog.at_level(logging.INFO):
-        scores = evaluate(byte_llama, byte_bpe, settings, tmp_path / "r.json", "zero-shot", "f")
+        scores = evaluate(
+            byte_llama, byte_bpe, settings, tmp_path / "r.json", "zero-shot", "f", world=World(device=CPU)
+        )
     assert {task: score.metric for task, score in scores.items()} == METRICS
     for score in scores.values():
         assert {metric: len(answers) for metric, answers in score.samples.items()} == {"acc": 4, "acc_norm": 4}

@@ -29,7 +29,7 @@ def test_metatt_gives_the_same_bits(trained_run):
     target = export(run.folder, "metatt", QUIET)
     fresh = load_backbone(recipe.backbone, CPU)
     frozen = logits_of(fresh)
-    adapter = load_adapter(target, fresh)
+    adapter = load_adapter(target, fresh, CPU)
     assert torch.equal(logits_of(fresh), logits_of(run.model)) and not torch.equal(logits_of(fresh), frozen)
     assert all(torch.equal(a, b) for a, b in zip(adapter.cores, run.adapter.cores, strict=True))
     # An export is itself something to export from.
@@ -113,7 +113,7 @@ def test_a_failing_export_leaves_nothing_and_takes_nothing(tmp_path, replace):
     save_backbone(tmp_path / "backbone")
     recipe = recipe_of(tmp_path)
     model = load_backbone(recipe.backbone, CPU)
-    adapter = inject(model, recipe.adapter, 0)
+    adapter = inject(model, recipe.adapter, 0, CPU)
     randomise(adapter)
     with torch.no_grad():
         adapter.cores[0][0, 0, 0] = math.inf

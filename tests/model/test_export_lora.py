@@ -124,6 +124,6 @@ def test_lora_of_a_bf16_run_keeps_float32_factors(tmp_path):
     run, recipe, _ = untrained_run(tmp_path, backbone={"dtype": "bfloat16"})
     export(run, "lora", QUIET)
     wide = load_backbone(recipe.backbone.model_copy(update={"dtype": "float32"}), CPU)
-    load_adapter(run / "adapter", wide)
+    load_adapter(run / "adapter", wide, CPU)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone", dtype=torch.float32)
     check_lora(run, base, logits_of(wide))

@@ -66,7 +66,7 @@ def test_merged_onto_either_base(tmp_path, quantization, dtype):
         assert f"merged onto the {merge_base} weights" in (folder / "README.md").read_text()
         logits[merge_base] = logits_of(model)
     plain = load_backbone(recipe.backbone.model_copy(update={"quantization": "none"}), CPU)
-    load_adapter(run / "adapter", plain)
+    load_adapter(run / "adapter", plain, CPU)
     bound = FLOAT32 if dtype == "float32" else 5e-2
     adapted.train()
     errors = relative(logits["dequantised"], logits_of(adapted)), relative(logits["original"], logits_of(plain))

@@ -11,6 +11,7 @@ from metatt_scale.adapter.modes import factors
 from metatt_scale.backbone import enable_checkpointing
 from metatt_scale.recipe import AdapterRecipe
 from tests.tiny import FLOAT64, tiny_model, tokens
+from tests.toy import CPU
 
 TARGETS = ("q_proj", "k_proj", "down_proj")
 
@@ -20,7 +21,7 @@ def pair(kind, n_tasks=0, rank=4, **settings):
     plain = tiny_model("llama", dtype=torch.float64)
     adapted = copy.deepcopy(plain)
     recipe = AdapterRecipe(kind=kind, rank=rank, alpha=1.7, target_modules=TARGETS, **settings)
-    adapter = inject(adapted, recipe, 0, n_tasks).double()
+    adapter = inject(adapted, recipe, 0, CPU, n_tasks).double()
     generator = torch.Generator().manual_seed(1)
     values = [0.5 * torch.randn(core.shape, generator=generator, dtype=core.dtype) for core in adapter.cores]
     adapter.set_cores(values)
@@ -78,7 +79,7 @@ def test_lotr_and_lorta_are_their_definitions(kind, definition, arithmetic):
 def test_they_start_at_the_frozen_model_and_learn_from_there(kind):
     plain = tiny_model("llama", dtype=torch.float64)
     adapted = copy.deepcopy(plain)
-    adapter = inject(adapted, AdapterRecipe(kind=kind, rank=4, target_modules=TARGETS), 0).double()
+    adapter = inject(adapted, AdapterRecipe(kind=kind, rank=4, target_modules=TARGETS), 0, CPU).double()
     logits = adapted(tokens()).logits
     assert torch.equal(logits, plain(tokens()).logits)
     logits.square().sum().backward()
@@ -182,7 +183,7 @@ def test_without_a_task_it_says_so():
         with pytest.raises(ValueError, match=r"several tasks.*--task"):
             act()
     with pytest.raises(ValueError, match="no `tasks`"):
-        inject(tiny_model("llama"), AdapterRecipe(kind="metatt_4p1d"), 0)
+        inject(tiny_model("llama"), AdapterRecipe(kind="metatt_4p1d"), 0, CPU)
     with pytest.raises(ValueError, match="task mode must stand between"):
         pair("metatt_4p1d", n_tasks=3, mode_order=("task", "input", "layer", "projection", "output"))
 

@@ -17,6 +17,7 @@ from tests.model.test_tasks import records, toy_tasks
 from tests.tiny import FLOAT32
 from tests.toy import (
     BERT,
+    CPU,
     LLAMA,
     UNDROPPED,
     make_trainer,
@@ -59,7 +60,7 @@ def test_known_tasks_start_where_the_other_run_ended(tmp_path, head, kinds):
     first = train(recipe_of(tmp_path, FIRST, kind=kinds[0], output="first", classifier=classifier), quiet())
     start = {"kind": kinds[1], "start_from": str(first.folder), "classifier": classifier}
     before, after = make_trainer(recipe_of(tmp_path, FIRST, kind=kinds[0], classifier=classifier)), None
-    before.adapter.set_values(reopen(first.folder, quiet()).adapter.tensors())
+    before.adapter.set_values(reopen(first.folder, quiet(), CPU).adapter.tensors())
     after = make_trainer(recipe_of(tmp_path, SECOND, **start))
     assert scores(after) == pytest.approx(scores(before), rel=FLOAT32)
     if kinds[0] == "metatt_4p1d":
@@ -145,14 +146,14 @@ def test_other_weights_of_the_same_shapes_are_noticed(tmp_path, caplog):
     first = train(toy_recipe(tmp_path, output_dir=str(tmp_path / "first")), quiet())
     start = {"start_from": str(first.folder)}
     console = quiet()
-    reopen(first.folder, console)
+    reopen(first.folder, console, CPU)
     make_trainer(toy_recipe(tmp_path, adapter=start))
     assert "weights" not in said(console) and not caplog.records
     recipe = toy_recipe(tmp_path, adapter=start)
     (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA, "initializer_range": 0.1}))
     make_trainer(recipe)
     assert "that chain was trained on other weights (random " in caplog.text
-    reopen(first.folder, console)
+    reopen(first.folder, console, CPU)
     assert "has other weights than the model this adapter was trained on, random " in said(console)
 
 

@@ -13,6 +13,7 @@ from metatt_scale.cli import main
 from metatt_scale.data import collate
 from metatt_scale.methods import build_adapter
 from metatt_scale.methods.loretta import fold
+from metatt_scale.parallel import World
 from metatt_scale.training.classifier import Classifier
 from tests.methods import TASKS, dense_delta, randomise_values, recipe_of, run_bottlenecks, run_dense
 from tests.tiny import FLOAT64, MODELS, tiny_model, tokens
@@ -43,7 +44,7 @@ def adapted(kind, name="llama", which=2, *, tasks=TASKS, random=True, **changes)
     recipe = recipe_of(kind, tasks=tasks, **{"target_modules": MODELS[name][which], **SETTINGS[kind], **changes})
     plain = tiny_model(name, dtype=torch.float64)
     model = copy.deepcopy(plain)
-    adapter = build_adapter(model, recipe).double()
+    adapter = build_adapter(model, recipe, World(device=CPU)).double()
     if random:
         randomise_values(adapter)
     return plain, model, adapter, recipe
@@ -168,7 +169,7 @@ def bottlenecks(name, **changes):
     recipe = recipe_of("loretta_adp", **settings, **changes)
     plain = tiny_model(name, dtype=torch.float64)
     model = copy.deepcopy(plain)
-    adapter = build_adapter(model, recipe).double()
+    adapter = build_adapter(model, recipe, World(device=CPU)).double()
     layers = range(*recipe.adapter.layers) if recipe.adapter.layers else range(3)
     return plain, model, adapter, recipe, [path.format(layer) for layer in layers for path in OUTPUTS[name]]
 
@@ -197,7 +198,7 @@ def test_bottlenecks_need_an_attention_and_an_mlp():
     for layer in model.model.layers:
         layer.mlp = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"model\.layers\.0 of LlamaForCausalLM has not one attention and one MLP"):
-        build_adapter(model, recipe_of("loretta_adp"))
+        build_adapter(model, recipe_of("loretta_adp"), World(device=CPU))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_a_trained_head_has_the_loss_and_gradients_of_the_models_own(tmp_path, c
 def test_full_trains_every_weight_once():
     plain = tiny_model("llama", dtype=torch.float64)
     model = copy.deepcopy(plain)
-    adapter = build_adapter(model, recipe_of("full"))
+    adapter = build_adapter(model, recipe_of("full"), World(device=CPU))
     ids = tokens()
     model(ids, labels=ids).loss.backward()
     plain.requires_grad_(True)

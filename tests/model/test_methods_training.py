@@ -65,7 +65,7 @@ def test_a_killed_run_learns_to_the_same_bits_and_its_files_give_the_same_model(
     assert saved[0] == saved[1]
     losses = [line["eval_loss"] for line in metrics(tmp_path / "b") if "eval_loss" in line]
     assert losses[-1] < losses[0]
-    opened = reopen(run.folder, quiet())
+    opened = reopen(run.folder, quiet(), CPU)
     with torch.no_grad():
         assert torch.equal(opened.model(IDS).logits, run.model.eval()(IDS).logits)
     assert opened.description["trainable_parameters"] == run.adapter.n_trained
@@ -88,7 +88,7 @@ def check_exports(run, kind):
                 export(run.folder, "lora", quiet())
             return
         folder = export(run.folder, "lora", quiet())
-        fresh = load_backbone(reopen(run.folder, quiet()).recipe.backbone, CPU, 42)
+        fresh = load_backbone(reopen(run.folder, quiet(), CPU).recipe.backbone, CPU, 42)
         theirs = PeftModel.from_pretrained(fresh, str(folder)).eval()
         assert (theirs(IDS).logits - expected).norm() < FLOAT32 * expected.norm()
 
@@ -103,7 +103,7 @@ def test_damaged_or_unfitting_files_are_refused(tmp_path, kind):
         save_file(tensors, file)
         (folder / "metatt.json").write_text(json.dumps(description | {"weights_sha256": sha256(file)}))
         with pytest.raises(ValueError, match=says):
-            reopen(folder, quiet())
+            reopen(folder, quiet(), CPU)
 
     name, value = next(iter(whole.items()))
     refused(
@@ -114,7 +114,7 @@ def test_damaged_or_unfitting_files_are_refused(tmp_path, kind):
     save_file(whole, file)
     with pytest.raises(ValueError, match="its hash differs"):
         (folder / "metatt.json").write_text(json.dumps(description | {"weights_sha256": "0"}))
-        reopen(folder, quiet())
+        reopen(folder, quiet(), CPU)
 
 
 # ---- a trained head
@@ -155,6 +155,6 @@ def test_a_trained_head_learns_resumes_and_comes_back(tmp_path, monkeypatch, kin
             expected = run.model(IDS).logits
             assert (merged(IDS).logits - expected).norm() < FLOAT32 * expected.norm()
     assert read_runs([run.folder])[0].parameters == counted[0]
-    opened = reopen(run.folder, quiet())
+    opened = reopen(run.folder, quiet(), CPU)
     with torch.no_grad():
         assert torch.equal(opened.model(IDS).logits, run.model.eval()(IDS).logits)

@@ -10,6 +10,7 @@ from metatt_scale.adapter.targets import Target
 from metatt_scale.backbone import enable_checkpointing
 from metatt_scale.recipe import AdapterRecipe
 from tests.tiny import FLOAT32, FLOAT64, randomise, tiny_model, tokens
+from tests.toy import CPU
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -21,7 +22,7 @@ def adapted(arithmetic, *, dtype=torch.float64, targets=LINEARS, checkpointing=F
     recipe = AdapterRecipe(
         rank=rank, target_modules=targets, operator="reference" if arithmetic == "reference" else "fused"
     )
-    adapter = inject(model, recipe, seed=0)
+    adapter = inject(model, recipe, 0, CPU)
     if dtype == torch.float64:
         adapter.double()
     randomise(adapter)

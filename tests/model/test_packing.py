@@ -47,7 +47,7 @@ def model_and_chain(name, dtype=torch.float64, **changes):
         model, targets = AutoModelForCausalLM.from_config(config).to(dtype).train(), ["q_proj", "v_proj"]
     else:
         model, targets = tiny_model(name, dtype=dtype, **changes), MODELS[name][2]
-    chain = inject(model, AdapterRecipe(rank=4, target_modules=tuple(targets)), 0).to(dtype)
+    chain = inject(model, AdapterRecipe(rank=4, target_modules=tuple(targets)), 0, CPU).to(dtype)
     randomise(chain)
     return model, chain
 
@@ -204,7 +204,7 @@ def test_a_filler_adds_nothing_but_runs_through_everything(fused):
 
 def test_nothing_below_the_first_adapted_layer_is_differentiated():
     model = tiny_model("llama")
-    chain = inject(model, AdapterRecipe(rank=4, layers=(1, 3)), 0)
+    chain = inject(model, AdapterRecipe(rank=4, layers=(1, 3)), 0, CPU)
     randomise(chain)
     enable_checkpointing(model)
     passes = {0: 0, 1: 0}

@@ -13,6 +13,7 @@ from metatt_scale.backbone import load_backbone
 from metatt_scale.cli import main
 from metatt_scale.export import export
 from metatt_scale.methods import build_adapter
+from metatt_scale.parallel import World
 from metatt_scale.recipe import RecipeError
 from metatt_scale.reopen import reopen
 from metatt_scale.report.runs import of_last_ranks
@@ -68,7 +69,7 @@ def close(got, wanted, bound=FLOAT32):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_count_is_that_of_the_parameters(tmp_path, method, capsys):
     recipe = recipe_of(tmp_path, method)
-    adapter = build_adapter(load_backbone(recipe.backbone, CPU), recipe)
+    adapter = build_adapter(load_backbone(recipe.backbone, CPU), recipe, World(device=CPU))
     path = tmp_path / "recipe.json"
     path.write_text(recipe.model_dump_json())
     assert main(["plan", str(path), "--json"]) == 0
@@ -87,7 +88,7 @@ def test_training_resumes_to_the_same_bits_and_reloads_to_the_same_logits(tmp_pa
     losses = [line["loss"] for line in metrics(run.folder)]
     assert losses[-1] < losses[0]
     assert all(value.dtype == torch.float32 for value in run.adapter.trained().values())
-    assert torch.equal(logits(reopen(run.folder, quiet()).model), logits(run.model))
+    assert torch.equal(logits(reopen(run.folder, quiet(), CPU).model), logits(run.model))
 
     recipe = recipe_of(tmp_path, method, training=training, output_dir=str(tmp_path / "again"))
     real = loop.Trainer._launch
@@ -132,7 +133,7 @@ def test_four_bits(tmp_path, method, architecture):
     recipe = recipe_of(tmp_path, method, backbone={"dtype": "bfloat16", "quantization": "nf4"})
     model = load_backbone(recipe.backbone, CPU, recipe.seed)
     frozen = logits(model)
-    build_adapter(model, recipe)
+    build_adapter(model, recipe, World(device=CPU))
     start = logits(model)
     assert start.dtype == torch.bfloat16
     close(start.float(), frozen.float(), 2**-8)  # each sum is rounded to 8 bits, once
@@ -140,7 +141,7 @@ def test_four_bits(tmp_path, method, architecture):
     losses = [line["loss"] for line in metrics(run.folder)]
     assert sum(losses[3:]) < sum(losses[:3]) and metrics(run.folder)[-1]["skipped"] == 0
     assert {value.dtype for value in run.adapter.trained().values()} == {torch.float32}
-    assert torch.equal(logits(reopen(run.folder, quiet()).model), logits(run.model))
+    assert torch.equal(logits(reopen(run.folder, quiet(), CPU).model), logits(run.model))
 
 
 # ---- against PEFT itself
@@ -320,7 +321,7 @@ def test_a_classifier(tmp_path, method, head):
     wanted = toy_classifier(tmp_path, config=BERT, adapter=adapter, classifier={"labels": 2, "head": head})
     run = train(wanted, quiet())
     assert (run.adapter.n_head > 0) == (head == "trained")
-    opened = reopen(run.folder, quiet())
+    opened = reopen(run.folder, quiet(), CPU)
     assert torch.equal(logits(opened.model), logits(run.model))
     exported = load_file(export(run.folder, "lora", quiet()) / "adapter_model.safetensors")
     assert "base_model.model.classifier.weight" in exported
@@ -362,9 +363,9 @@ def test_what_does_not_fit_the_model_or_the_run(tmp_path, monkeypatch):
         train(toy_recipe(tmp_path, adapter=short), quiet())
     recipe = recipe_of(tmp_path, "lora")
     model = load_backbone(recipe.backbone, CPU)
-    build_adapter(model, recipe)
+    build_adapter(model, recipe, World(device=CPU))
     with pytest.raises(ValueError, match="q_proj, a BesidePeft, which is not a linear module"):
-        build_adapter(model, recipe)
+        build_adapter(model, recipe, World(device=CPU))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install metatt-scale\[peft\]"):
         make_trainer(recipe)

@@ -109,7 +109,7 @@ def test_chain_to_the_byte(tmp_path, adapter, dtype, folded):
         adapter = {**adapter, "rank": [2, 4, 6, 8]}  # falling ranks are never folded
     recipe = make_recipe(tmp_path, adapter=adapter, backbone={"dtype": dtype})
     model = load_backbone(recipe.backbone, CPU, 0).train()
-    chain = inject(model, recipe.adapter, 0)
+    chain = inject(model, recipe.adapter, 0, CPU)
     chain.room, chain.rows_per_step = (1 << 40, 1 << 20) if folded else (0, None)
     optimizer = make_optimizer(chain.cores, recipe.training)
     ids = torch.full((1, 4), 5)
@@ -151,7 +151,7 @@ def whole_batch(model, recipe, work, device):
 
 def measured_peak(model, recipe, layout):
     """Most bytes that the second of two steps held at once above what was there before."""
-    chain = inject(model, recipe.adapter, 0)
+    chain = inject(model, recipe.adapter, 0, CPU)
     optimizer = make_optimizer(chain.cores, recipe.training)
     batch = whole_batch(model, recipe, layout.work, CPU)
 
@@ -257,7 +257,7 @@ def test_peak_of_the_cuda_allocator(tmp_path, quantization, recompute):
     layout = lay_out(recipe, 1, 1)
     before = torch.cuda.memory_allocated()
     model = load_backbone(recipe.backbone, device, 0).train()
-    chain = inject(model, recipe.adapter, 0)
+    chain = inject(model, recipe.adapter, 0, device)
     optimizer = make_optimizer(chain.cores, recipe.training)
     batch = whole_batch(model, recipe, layout.work, device)
     for _ in range(2):

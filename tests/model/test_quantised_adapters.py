@@ -143,7 +143,7 @@ def test_training_lowers_the_loss_and_never_touches_the_packed_weights(quantizat
         path=str(tmp_path), dtype="bfloat16", quantization=quantization, gradient_checkpointing=checkpointing
     )
     model = load_backbone(recipe, CPU).train()
-    adapter = inject(model, AdapterRecipe(rank=4, target_modules="all-linear"), seed=0)
+    adapter = inject(model, AdapterRecipe(rank=4, target_modules="all-linear"), 0, CPU)
     before = snapshot(model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-2)
     ids, losses = tokens(batch=4), []

@@ -8,10 +8,11 @@ import torch
 from metatt_scale.adapter.leaves import like_linear
 from metatt_scale.adapter.targets import Target, TargetMap
 from metatt_scale.methods import build_adapter, make_alone, starts
+from metatt_scale.parallel import World
 from tests.methods import TASKS, recipe_of
 from tests.model.test_tasks import NAMES, toy_tasks
 from tests.tiny import tiny_model
-from tests.toy import make_trainer, one_step
+from tests.toy import CPU, make_trainer, one_step
 
 CHAINS = {
     "metatt_4d": "ze-no-no-id",
@@ -26,7 +27,7 @@ def built(kind, seed=1, **adapter):
     """A new adapter behind a tiny model."""
     names = {} if kind == "loretta_adp" else {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
     recipe = recipe_of(kind, tasks=TASKS, **names, **adapter).model_copy(update={"seed": seed})
-    return build_adapter(tiny_model("llama"), recipe)
+    return build_adapter(tiny_model("llama"), recipe, World(device=CPU))
 
 
 @pytest.mark.parametrize("kind", [*CHAINS, *OTHERS])
@@ -80,7 +81,7 @@ def test_every_task_of_moe_lora_starts_with_a_gate_of_its_own():
 
 def pissa(**how):
     recipe = recipe_of("lora", rank=2, init="pissa", target_modules=["q_proj"])
-    return build_adapter(tiny_model("llama"), recipe, **how)
+    return build_adapter(tiny_model("llama"), recipe, World(device=CPU), **how)
 
 
 def test_a_weight_that_cannot_be_factorised_is_told_by_its_name(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 from metatt_scale.adapter import find_targets, inject
 from metatt_scale.recipe import AdapterRecipe
 from tests.tiny import MODELS, tiny_model
+from tests.toy import CPU
 
 
 def test_layers_projections_and_widths():
@@ -37,7 +38,7 @@ def test_regular_expression_and_layer_range():
     found = find_targets(model, r".*\.(q|v)_proj", layers=(1, 3))
     assert found.layers == (1, 2) and len(found.targets) == 4
     assert found.targets[0].layer == 0 and ".1." in found.targets[0].path
-    adapter = inject(model, AdapterRecipe(rank=2, target_modules=("q_proj",), layers=(1, 2)), seed=0)
+    adapter = inject(model, AdapterRecipe(rank=2, target_modules=("q_proj",), layers=(1, 2)), 0, CPU)
     assert adapter.spec.sizes == (32, 1, 1, 32)
 
 
@@ -62,7 +63,7 @@ def test_errors_list_the_candidates(targets, layers, message):
 def test_second_adapter_and_nonzero_start_are_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="allow_nonzero_start"):
-        inject(model, AdapterRecipe(init="no-no-no-id"), seed=0)
-    inject(model, AdapterRecipe(init="no-ze-no-id"), seed=0)
+        inject(model, AdapterRecipe(init="no-no-no-id"), 0, CPU)
+    inject(model, AdapterRecipe(init="no-ze-no-id"), 0, CPU)
     with pytest.raises(ValueError, match="which is not a linear"):
-        inject(model, AdapterRecipe(), seed=0)
+        inject(model, AdapterRecipe(), 0, CPU)

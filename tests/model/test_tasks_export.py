@@ -14,7 +14,7 @@ from tests.model.test_classifier_export import IDS, logits, relative, saved_enco
 from tests.model.test_tasks import toy_tasks
 from tests.questions import questions, write
 from tests.tiny import FLOAT32
-from tests.toy import BERT, ROBERTA, UNDROPPED, quiet, toy_recipe, write_toy
+from tests.toy import BERT, CPU, ROBERTA, UNDROPPED, quiet, toy_recipe, write_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 COLUMNS = {"even": slice(0, 2), "digit": slice(2, 5), "sum": slice(5, 6)}
@@ -28,7 +28,7 @@ def test_peft_and_transformers_read_one_task_of_a_classifier(tmp_path, config, k
     recipe = toy_tasks(tmp_path, kind=kind, backbone={"path": str(encoder), "dtype": "float32"}, adapter=adapter)
     run = train(recipe, quiet())
     for index, (task, columns) in enumerate(COLUMNS.items()):
-        opened = reopen(run.folder, quiet())
+        opened = reopen(run.folder, quiet(), CPU)
         opened.adapter.task = index
         ours = logits(opened.model)[:, columns]
         folder = export(run.folder, "lora", quiet(), task=task, replace=True)
@@ -50,7 +50,7 @@ def test_a_language_models_task_by_name(tmp_path, capsys):
     data = {"train": sources, "validation_size": 0}
     adapter = {"kind": "metatt_4p1d"}
     run = train(toy_recipe(tmp_path, tasks={"one": {}, "two": {}}, data=data, adapter=adapter), quiet())
-    opened = reopen(run.folder, quiet())
+    opened = reopen(run.folder, quiet(), CPU)
     with torch.no_grad():
         opened.adapter.cores[2][:, 1] *= 3.0
     opened.adapter.task = 0

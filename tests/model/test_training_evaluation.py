@@ -10,7 +10,7 @@ from metatt_scale.recipe import RecipeError
 from metatt_scale.reopen import reopen
 from metatt_scale.training import checkpoint, loop, train
 from tests.tiny import FLOAT32, FLOAT64, randomise
-from tests.toy import GPT2, make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
+from tests.toy import CPU, GPT2, make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
 
 
 def test_validation_records_are_never_trained_on(tmp_path):
@@ -68,7 +68,7 @@ def test_keep_best_writes_the_cores_of_the_lowest_evaluation_loss(tmp_path, keep
     train(recipe, quiet())
     losses = [line["eval_loss"] for line in metrics(tmp_path / "run")]
     assert min(losses) < losses[-1] - 1e-3, "the last cores must not be the best, or this test proves nothing"
-    opened = reopen(tmp_path / "run", quiet())
+    opened = reopen(tmp_path / "run", quiet(), CPU)
     trainer = make_trainer(recipe)
     trainer.adapter.set_cores(list(opened.adapter.cores))
     wanted = min(losses) if keep == "best" else losses[-1]

@@ -10,7 +10,7 @@ import torch
 from metatt_scale.recipe import load_recipe
 from metatt_scale.reopen import reopen
 from metatt_scale.training import train
-from tests.toy import metrics, quiet
+from tests.toy import CPU, metrics, quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 MRPC = ROOT.parent / "shared" / "data" / "glue" / "mrpc"
@@ -43,7 +43,7 @@ def test_the_recipe_trains_on_real_pairs_and_reopens(tmp_path):
     # A frozen random head on the frozen encoder knows nothing yet: close to the loss of two equal chances.
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.1)
     assert all(0 < line["eval_accuracy"] < 1 for line in lines if "eval_accuracy" in line)
-    again = reopen(run.folder, quiet())
+    again = reopen(run.folder, quiet(), CPU)
     batch = again.tokenizer(["A man sat."], ["A man was seated."], return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(again.model(**batch).logits, run.model.eval()(**batch).logits)

@@ -161,7 +161,7 @@ def test_exports_give_the_same_logits(trained, plain, plain_logits, ids, tokeniz
     """
     run, _ = trained
     wide = copy.deepcopy(plain).float()
-    load_adapter(run.folder / "adapter", wide)
+    load_adapter(run.folder / "adapter", wide, CPU)
     exact = logits_of(wide, ids)
     del wide
 
@@ -182,7 +182,7 @@ def test_exports_give_the_same_logits(trained, plain, plain_logits, ids, tokeniz
     peft_logits = logits_of(with_lora, ids)
     restored = with_lora.unload()
     assert torch.equal(logits_of(restored, ids), plain_logits)
-    load_adapter(run.folder / "adapter", restored)
+    load_adapter(run.folder / "adapter", restored, CPU)
     ours = logits_of(restored, ids)
     rounding = relative(ours, exact)
     effect = relative(plain_logits, exact)

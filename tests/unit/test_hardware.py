@@ -167,3 +167,12 @@ def test_the_device_and_its_warnings_are_printed(monkeypatch):
     assert pick_device("auto", Console(file=output, width=200)) == torch.device("cpu")
     first, second = output.getvalue().splitlines()
     assert first == "device: CPU, 2 threads" and "XPU" in second
+
+
+def test_cuda_is_told_which_gpu(monkeypatch):
+    """What is made on plain `cuda` goes there too."""
+    taken = []
+    monkeypatch.setattr(hardware, "find_hardware", lambda: EIGHT)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(hardware.os, "environ", {"LOCAL_RANK": "2"})
+    assert pick_device() == torch.device("cuda", 2) and taken == [torch.device("cuda", 2)]

@@ -311,7 +311,7 @@ def test_groups_are_called_after_what_differs(tmp_path):
     runs = [
         make_run(tmp_path / "a"),
         make_run(tmp_path / "b", "swept", backbone=other),
-        make_run(tmp_path / "c", seed=2),
+        make_run(tmp_path / "c", seed=2, device="cpu"),
     ]
     names = [(group.name, len(group.runs)) for group in groups_of(*runs)]
     assert names == [

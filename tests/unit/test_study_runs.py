@@ -193,6 +193,20 @@ def test_another_choice_is_not_mixed_with_what_is_reported(tmp_path, monkeypatch
     assert len([line for line in lines_of(path) if line.get("tried")]) == 6, "trials that are done are kept"
 
 
+def test_the_recipes_device_is_that_of_scoring_and_of_the_machine(tmp_path, monkeypatch):
+    """And makes no other run of a run."""
+    keys = {"seeds": [1], "arms": {"a": []}, "recipe": "../text.yaml", "score": {"tasks": ["piqa"]}}
+    digests, asked = set(), []
+    for base, wanted in (([], []), (["device=cpu"], ["--device", "cpu"])):
+        opened = open_study(path := write_study(tmp_path, monkeypatch, base=base, **keys))
+        run = opened.reported("a", None, 1)
+        digests.add(run.digest)
+        assert list(command.commands_of(opened, run)[-1][7:]) == wanted
+        with pytest.raises(ZeroDivisionError):
+            study(path, machine=lambda device: asked.append(device) or 1 / 0)
+    assert asked == ["auto", "cpu"] and len(digests) == 1
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     arms = {"unlucky": ["adapter.rank=13"], "rank4": ["adapter.rank=4"]}
     path = write_study(tmp_path, monkeypatch, arms=arms, seeds=[1])

@@ -30,7 +30,7 @@ def run(case, world):
     recipe = validate(data | {"parallel": case.get("parallel", {})}, "loading")
     engine = make_engine(world, Launch(strategy=case["engine"], deepspeed=case.get("deepspeed")), recipe)
     model = load_backbone(recipe.backbone, world.device, seed=3, engine=engine)
-    adapter = inject(model, AdapterRecipe(rank=3, target_modules=tuple(MODELS[case["name"]][2])), seed=0)
+    adapter = inject(model, AdapterRecipe(rank=3, target_modules=tuple(MODELS[case["name"]][2])), 0, world.device)
     randomise(adapter)
     ids = tokens()
     with torch.no_grad():
