@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from metatt_scale.adapter import Target, TargetMap
+from metatt_scale.determinism import any_kernels
 from metatt_scale.methods.peft_methods import TRAINED, PeftAdapter, import_peft
 from metatt_scale.recipe import Recipe
 
@@ -125,9 +126,11 @@ class AdaLora(PeftAdapter):
         allocator, model = self._allocator, self._tree[0]
         last = self._total_steps - self._settings.tfinal
         if step < last:
-            allocator.update_and_allocate(model, step)
+            with any_kernels():  # its threshold is a value of kthvalue, which calls its indices nondeterministic
+                allocator.update_and_allocate(model, step)
         elif not bool(self._allocated):  # normally at `last`; behind it if that step was not finite
-            _, pattern = allocator.update_and_allocate(model, step, force_mask=True)
+            with any_kernels():
+                _, pattern = allocator.update_and_allocate(model, step, force_mask=True)
             for path, mask in self._masks.items():
                 mask.copy_(torch.tensor(pattern[f"{path}.lora_E.{TRAINED}"])[:, None])
             self._allocated.fill_(1)

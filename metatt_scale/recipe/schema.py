@@ -91,7 +91,8 @@ class TrainingRecipe(Section):
     """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
     resume: Literal["auto", "exact", "never"] = "auto"
     """`auto` goes on from the newest valid checkpoint in `output_dir`; `exact` also refuses another number of ranks
-    or threads than the checkpoint's (the bits would differ); `never` refuses a folder that has checkpoints."""
+    or threads and another device than the checkpoint's (the bits would differ), and takes deterministic kernels on
+    CUDA, which are slower; `never` refuses a folder that has checkpoints."""
 
     def steps(self, per_epoch: int) -> int:
         """Return the number of optimizer steps of a run."""

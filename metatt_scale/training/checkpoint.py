@@ -2,7 +2,7 @@
 
     checkpoints/step-000100/
         state.safetensors   trained values, AdamW moments, the best values so far, a classifier's frozen head
-        state.json          step, counters, the recipe, world size and threads
+        state.json          step, counters, the recipe, world size, threads and kernels
         COMPLETE            hashes of the two, written last; the folder is renamed into place after that
 
 Everything else a run needs is a pure function of (recipe, step): data order, dropout, learning rate.
@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from metatt_scale.adapter import Adapter
+from metatt_scale.determinism import kernels_of
 from metatt_scale.files import new_folder, save_tensors, sha256, write_json
+from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.tensor import check_chain
 from metatt_scale.training.optimizer import Moments, moments_of, named
@@ -41,9 +43,9 @@ _FREE = (
     "data.cache_dir",
     "training.max_nonfinite_steps",
     "output_dir",
+    "device",
     "evaluation",
     "logging",
-    "device",
     "training.resume",
     "training.save_every",
     "training.keep_checkpoints",
@@ -113,6 +115,8 @@ class Snapshot:
     """Digest of the tokenised records and of the backbone's weights."""
     world_size: int = 1
     threads: int = 1
+    kernels: str = "the CPU"
+    """What it was computed by, as `kernels_of` says it."""
 
     def to_message(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what JSON can hold and the named tensors: the form on disk and on the wire."""
@@ -126,6 +130,7 @@ class Snapshot:
             "inputs": self.inputs,
             "world_size": self.world_size,
             "threads": self.threads,
+            "kernels": self.kernels,
         }
         return state, {name: value.cpu().contiguous() for name, value in tensors.items()}
 
@@ -150,6 +155,7 @@ class Snapshot:
             inputs=state["inputs"],
             world_size=state["world_size"],
             threads=state["threads"],
+            kernels=state.get("kernels", cls.kernels),
         )
 
 
@@ -159,7 +165,7 @@ def take_snapshot(
     progress: RunState,
     best: Mapping[str, Tensor],
     inputs: str,
-    world_size: int,
+    world: World,
     head: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
     """Collect what `save` writes."""
@@ -170,8 +176,9 @@ def take_snapshot(
         best=dict(best),
         head=dict(head or {}),
         inputs=inputs,
-        world_size=world_size,
+        world_size=world.size,
         threads=torch.get_num_threads(),
+        kernels=kernels_of(world.device),
     )
 
 

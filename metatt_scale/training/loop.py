@@ -330,7 +330,7 @@ class Trainer:
     def _save(self) -> None:
         def write() -> None:
             snapshot = checkpoint.take_snapshot(
-                self.adapter, self.optimizer, self.progress, self.best, self.inputs, self.world.size, self.head
+                self.adapter, self.optimizer, self.progress, self.best, self.inputs, self.world, self.head
             )
             checkpoint.save(self.folder / "checkpoints", snapshot, self.recipe)
 

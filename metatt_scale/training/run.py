@@ -24,9 +24,10 @@ from metatt_scale.backbone import (
     load_tokenizer,
 )
 from metatt_scale.data import PreparedData, prepare
+from metatt_scale.determinism import deterministic_kernels, kernels_of
 from metatt_scale.files import new_folder, write_text
-from metatt_scale.methods import build_adapter, known_tasks
 from metatt_scale.hardware import pick_device
+from metatt_scale.methods import build_adapter, known_tasks
 from metatt_scale.parallel import (
     Launch,
     Message,
@@ -82,6 +83,8 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
     device = pick_device(recipe.device, console, recipe.backbone.dtype)
     check_engine(launch, recipe, size=place.size, local_size=place.local_size, device=device)
     with contextlib.ExitStack() as stack:
+        if recipe.training.resume == "exact":
+            stack.enter_context(deterministic_kernels(device))
         if place.rank == 0:
             check_writable(folder)
             check_trackers(recipe)
@@ -220,16 +223,18 @@ def _check_origin(trainer: Trainer, path: str, snapshot: Snapshot) -> None:
             f"{path}: the records or the backbone's weights are not those it was made with, though the recipe is; "
             "use another output_dir, or bring them back"
         )
-    here = (trainer.world.size, torch.get_num_threads())
-    if (snapshot.world_size, snapshot.threads) != here:
+    here = (trainer.world.size, torch.get_num_threads(), kernels_of(trainer.world.device))
+    there = (snapshot.world_size, snapshot.threads, snapshot.kernels)
+    if here != there:
+        said = "{} rank(s) of {} thread(s) on {}"
         message = (
-            f"{path}: written with {snapshot.world_size} rank(s) of {snapshot.threads} thread(s), this run has "
-            f"{here[0]} of {here[1]}; the result will agree only to rounding"
+            f"{path}: written with {said.format(*there)}, this run has {said.format(*here)}; the result will agree "
+            "only to rounding"
         )
         if trainer.recipe.training.resume == "exact":
             raise ValueError(
                 f"{message} (training.resume is exact: start {snapshot.world_size} rank(s) with "
-                f"OMP_NUM_THREADS={snapshot.threads})"
+                f"OMP_NUM_THREADS={snapshot.threads} on {snapshot.kernels}, or set training.resume: auto)"
             )
         _warn(trainer.console, message)
 

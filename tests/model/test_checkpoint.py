@@ -1,5 +1,6 @@
 """Checkpoints are whole or refused by name, the newest whole one is found, and none is deleted that is needed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import metatt_scale.training.run as run_module
 from metatt_scale.files import sha256
+from metatt_scale.parallel import World
 from metatt_scale.training import checkpoint, train
 from metatt_scale.training.checkpoint import DamagedCheckpointError, RunState
 from tests.tiny import randomise
-from tests.toy import make_trainer, one_step, quiet, said, snapshot, toy_recipe
+from tests.toy import CPU, make_trainer, one_step, quiet, said, snapshot, toy_recipe
 
 STEPS = ["step-000004", "step-000006"]
 
@@ -39,7 +42,7 @@ def test_round_trip(tmp_path):
     one_step(trainer)
     progress = RunState(step=7, skipped=2, skipped_in_a_row=1, best_loss=0.1 + 0.2, best_step=3, target_tokens=99)
     best = {name: torch.full_like(core, 0.5) for name, core in trainer.adapter.trained().items()}
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest", 1)
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, progress, best, "digest", World(device=CPU))
     folder = checkpoint.save(tmp_path / "checkpoints", taken, recipe)
     assert (folder.name, sorted(os.listdir(folder))) == (
         "step-000007",
@@ -76,7 +79,7 @@ def test_a_checkpoint_of_before_a_key_existed_is_of_the_same_recipe(tmp_path):
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     recipe = toy_recipe(tmp_path)
     trainer = make_trainer(recipe)
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), {}, "digest", 1)
+    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), {}, "digest", World(device=CPU))
     folder = checkpoint.save(tmp_path, taken, recipe)
     loaded = checkpoint.load(folder, recipe, trainer.adapter.shapes())
     assert loaded.moments == {} and loaded.best == {}
@@ -100,7 +103,9 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
 
 
 def save_at(root, recipe, trainer, step):
-    taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(step=step), {}, "digest", 1)
+    taken = checkpoint.take_snapshot(
+        trainer.adapter, trainer.optimizer, RunState(step=step), {}, "digest", World(device=CPU)
+    )
     return checkpoint.save(root, taken, recipe)
 
 
@@ -281,12 +286,12 @@ def test_what_decides_no_bit_may_differ(run, finished, tmp_path):
     free = toy_recipe(
         finished[0],
         output_dir=str(moved),
+        device="cpu",
         evaluation={"tasks": ["boolq"], "limit": 3},
         logging={"every": 5, "project": "other"},
         training={"save_every": "never", "keep_checkpoints": 5, "resume": "exact"},
     )
     train(free, console := quiet())
-        device="cpu",
     assert "resuming after step 6" in said(console)
 
 
@@ -368,7 +373,7 @@ def test_exact_refuses_another_number_of_threads_and_auto_warns(run, finished):
     exact = toy_recipe(finished[0], output_dir=str(root.parent), training={"resume": "exact"})
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(ValueError, match=rf"1 rank\(s\) of {threads} thread.*with OMP_NUM_THREADS={threads}\)"):
+        with pytest.raises(ValueError, match=f"OMP_NUM_THREADS={threads} "):
             train(exact, quiet())
         assert snapshot(root.parent) == before
         train(recipe, console := quiet())
@@ -377,3 +382,34 @@ def test_exact_refuses_another_number_of_threads_and_auto_warns(run, finished):
         torch.set_num_threads(threads)
     train(exact, console := quiet())
     assert "resuming" in said(console) and "rounding" not in said(console)
+
+
+def test_exact_refuses_other_kernels_and_auto_warns(run, finished, monkeypatch):
+    recipe, _, root = run
+    before = snapshot(root.parent)
+    exact = toy_recipe(finished[0], output_dir=str(root.parent), training={"resume": "exact"})
+    monkeypatch.setattr(run_module, "kernels_of", lambda _: "NVIDIA H100")
+    with pytest.raises(ValueError, match=r"training\.resume is exact"):
+        train(exact, quiet())
+    assert snapshot(root.parent) == before
+    train(recipe, console := quiet())
+    assert "will agree only to rounding" in said(console)
+
+
+def test_exact_takes_deterministic_kernels(tmp_path, monkeypatch):
+    """Around all that computes; `test_determinism` knows what they are."""
+    seen = []
+
+    @contextlib.contextmanager
+    def deterministic(device):
+        seen.append(device)
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr(run_module, "deterministic_kernels", deterministic)
+    monkeypatch.setattr(run_module, "load_backbone", lambda *_: seen.append("load") or 1 / 0)
+    for resume, wanted in (("auto", ["load"]), ("exact", [CPU, "load"])):
+        with pytest.raises(ZeroDivisionError):
+            train(toy_recipe(tmp_path, training={"resume": resume}), quiet())
+        assert seen == wanted
+        seen.clear()

@@ -242,6 +242,25 @@ def test_no_evaluation_above_the_final_rank_is_the_best(tmp_path, monkeypatch):
     assert of_last_ranks(reports) == reports[1:], "nor in tables and reports"
 
 
+def test_deterministic_kernels_leave_the_threshold_alone(tmp_path, monkeypatch):
+    """On CUDA `kthvalue` refuses to run under them, for the sake of indices that nobody reads here."""
+    kthvalue, asked = torch.kthvalue, []
+
+    def refusing(*given, **named):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return kthvalue(*given, **named)
+
+    monkeypatch.setattr(torch, "kthvalue", refusing)
+    trainer = make_trainer(recipe_of(tmp_path, "adalora", training={"max_steps": 6}))
+    torch.use_deterministic_algorithms(True)
+    try:
+        trainer.train()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked and not any(asked)
+
+
 def test_a_step_that_is_not_finite_allocates_nothing(tmp_path):
     """Also the final allocation waits for a step that is."""
     trainer = make_trainer(recipe_of(tmp_path, "adalora", training={"max_steps": 6}))
