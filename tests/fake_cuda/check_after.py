@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from metatt_scale.adapter import merge
 from metatt_scale.evaluation.generate import continue_tokens
 from metatt_scale.export import FORMATS, export
+from metatt_scale.parallel import World
 from metatt_scale.reopen import Reopened, reopen
 from metatt_scale.scoring import score_opened
 from metatt_scale.training import train
@@ -38,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def opened(run: Path) -> Iterator[Reopened]:
     with fake_cuda():
-        yield reopen(run, quiet())
+        yield reopen(run, quiet(), CUDA)
 
 
 def on_device(opened: Reopened) -> bool:
@@ -51,12 +52,12 @@ def test_a_run_is_opened_on_the_device(opened: Reopened) -> None:
 
 
 def test_text_is_generated(opened: Reopened) -> None:
-    assert len(continue_tokens(opened.model, opened.tokenizer, [[5, 6, 7], [8, 9]], 3)) == 2
+    assert len(continue_tokens(opened.model, opened.tokenizer, [[5, 6, 7], [8, 9]], CUDA, 3)) == 2
 
 
 def test_questions_are_asked(opened: Reopened, tmp_path: Path) -> None:
     write(tmp_path / "boolq.jsonl", questions("boolq"))
-    scores = score_opened(opened, evaluation_of(tmp_path, "boolq"), zero_shot=True)
+    scores = score_opened(opened, evaluation_of(tmp_path, "boolq"), World(device=CUDA), zero_shot=True)
     assert {len(score["boolq"].samples["acc"]) for score in scores.values()} == {12}
 
 
@@ -79,6 +80,6 @@ def test_a_run_is_exported(run: Path, tmp_path: Path, to: str) -> None:
 
 def test_fake_values_never_reach_the_process_outside(run: Path) -> None:
     with fake_cuda():
-        reopen(run, quiet())
+        reopen(run, quiet(), CUDA)
     assert not torch.cuda.is_available()
     assert torch.ones(2).add(1).tolist() == [2.0, 2.0]
