@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
+from tests.no_gpu import NO_GPU
 from tests.toy import toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,9 +83,9 @@ class Job:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return this process' environment for a job: one thread per rank, no signs of another launcher."""
+    """Return this process' environment for a job: no GPU, one thread per rank, no signs of another launcher."""
     clean = {name: value for name, value in os.environ.items() if not _LAUNCHER_SIGNS.match(name)}
-    return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **more}
+    return {**clean, **NO_GPU, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **more}
 
 
 @contextlib.contextmanager
@@ -118,9 +119,9 @@ def finish(command: list[str], log: Path, seconds: float = 400, /, **variables: 
         return running.output()
 
 
-def stop(command: list[str], log: Path, kind: str, rank: int, notes: Path) -> str:
+def stop(command: list[str], log: Path, kind: str, rank: int, notes: Path, **variables: str) -> str:
     """Run a job in which one rank is told to end and all do; return its output."""
-    with job(command, log, **fault(kind, rank, notes)) as running:
+    with job(command, log, **fault(kind, rank, notes), **variables) as running:
         assert running.wait() != 0
         output = running.output()
     assert [(notes / f"code-{r}").read_text() for r in (0, 1)] == ["143\n", "143\n"], output

@@ -27,6 +27,9 @@ TWO_HOSTS = str(Path(__file__).parent / "two_hosts.sh")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 PORT = "29500"  # of a network of their own: nobody else is in it
+# The deepspeed launcher numbers the ranks of a host in CUDA_VISIBLE_DEVICES, also where it computes on the CPU: on a
+# machine with GPUs its children would see them.
+ON_THE_CPU = {"deepspeed": {"ACCELERATE_USE_CPU": "true"}}
 
 
 def launcher(name: str, folder: Path) -> list[str]:
@@ -63,11 +66,11 @@ def test_two_hosts_train_stop_and_go_on_to_the_bits_of_one(hosts, undisturbed, n
         finish(torchrun(TRAIN, recipe), folder / f"{one_host}.log")
         expected = adapter_of(folder / one_host)
     run, recipe, notes = folder / name, write_recipe(folder, name), folder / f"{name}-notes"
-    start = [TWO_HOSTS, *launcher(name, folder)]
-    output = stop([*start, str(FAULTS), str(recipe)], folder / f"{name}.log", "stop", rank, notes)
+    start, cpu = [TWO_HOSTS, *launcher(name, folder)], ON_THE_CPU.get(name, {})
+    output = stop([*start, str(FAULTS), str(recipe)], folder / f"{name}.log", "stop", rank, notes, **cpu)
     assert f"2 ranks, backbone: {backbone}" in output and not (run / "adapter").exists(), output
     assert checkpoints_of(run) == ["step-000004", "step-000006"], output
-    output = finish([*start, str(TRAIN), str(recipe)], folder / f"{name}-again.log")
+    output = finish([*start, str(TRAIN), str(recipe)], folder / f"{name}-again.log", **cpu)
     assert "resuming after step 6" in output and adapter_of(run) == expected, output
 
 
