@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
         choices=("cuda", "cpu"),
-        help="run the tests of tests/gpu alone: on a GPU, or on the CPU with small shapes, which only shows their logic",
+        help="run tests/gpu alone: on a GPU, or on the CPU with small shapes, which shows their logic only",
     )
 
 

@@ -42,7 +42,7 @@ class Report:
 
 def describe_machine(device: torch.device, packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
     """Return versions of the packages (None where absent), and the device with its threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "metatt_scale": __version__,
         **{package: version_of(package) for package in packages},
@@ -58,7 +58,8 @@ def version_of(package: str) -> str | None:
     return package_version(package)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the model of the CPU, or its architecture where the system does not tell."""
     lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines() if _CPU_INFO.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

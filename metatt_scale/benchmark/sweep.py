@@ -1,5 +1,8 @@
 """`--table sweep`: rounding one chain to half its rank, beside truncating as many LoRAs one by one.
 
+Each is timed where it runs: the chain on the CPU, where training sweeps (training/sweeping.py), with its cores on the
+way from the device and back; LoRA on the device that holds its factors.
+
 A sweep factorises d - 1 matrices of about r x r, whatever the number of modules. LoRA has one matrix per module, and
 its SVD is dense (d_out x d_in), or that of an r x r core after a QR of both factors, which gives the same.
 
@@ -18,19 +21,12 @@ from torch import Tensor
 
 from metatt_scale.adapter import ChainSpec, Target, chain_spec
 from metatt_scale.benchmark.arms import chain_recipe
-from metatt_scale.benchmark.report import Report, describe_machine, describe_targets, ratio_cells
+from metatt_scale.benchmark.report import Report, cpu_name, describe_machine, describe_targets, ratio_cells
 from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, seconds_of, take_turns
 from metatt_scale.plan.shape import read_shape
 from metatt_scale.recipe import Recipe
 from metatt_scale.tensor import sweep
-
-_NOTES = (
-    "MetaTT-4D in float64, as the toolkit rounds; LoRA in float32, its usual type. Every bond is cut to half its "
-    "rank (to 1 at least).",
-    "dense SVD: one module of every pair of widths measured once, at the first rank, and counted as often as there "
-    "are such modules (its time hardly depends on the rank).",
-)
 
 
 def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Callable[[str], None]) -> Report:
@@ -68,7 +64,17 @@ def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Call
         cells=tuple(_cells(row) for row in rows),
         rows=tuple(rows),
         settings=settings_of("sweep", settings, recipe, sizes=[widths, layers, projections, outputs]),
-        notes=_NOTES,
+        notes=_notes(device),
+    )
+
+
+def _notes(device: torch.device) -> tuple[str, ...]:
+    lora = "on the same" if device.type == "cpu" else f"on {device}"
+    return (
+        f"MetaTT-4D in float64 on the CPU ({cpu_name()}), as training sweeps; LoRA in float32, as usual, {lora}.",
+        "Every bond is cut to half its rank (to 1 at least).",
+        "dense SVD: one module of every pair of widths measured once, at the first rank, and counted as often as "
+        "there are such modules (its time hardly depends on the rank).",
     )
 
 
@@ -95,8 +101,14 @@ def _random_cores(spec: ChainSpec, device: torch.device) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(device) for shape in spec.shapes]
 
 
-def _sweep(cores: list[Tensor], rank: int) -> Callable[[], object]:
-    return lambda: sweep(cores, max_ranks=rank)
+def _sweep(cores: list[Tensor], rank: int) -> Callable[[], list[Tensor]]:
+    """Round a chain as training does, with all that moves."""
+
+    def act() -> list[Tensor]:
+        swept = sweep([core.to("cpu", torch.float64) for core in cores], max_ranks=rank)
+        return [new.to(old) for new, old in zip(swept.cores, cores, strict=True)]
+
+    return act
 
 
 def _pair(d_in: int, d_out: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,14 @@ speed there.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+
+from metatt_scale.gpus import VARIABLE, showing, visible_gpus
 
 Pause = Callable[[], bool]
 """Lets other loops run; true where this one is to end."""
@@ -20,7 +24,7 @@ class LoopInTurns:
     """A loop in a process that stands still until it is told to go on."""
 
     def __init__(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Start a process and wait until it is ready.
+        """Start a process that sees one GPU at most, the first that this one sees, and wait until it is ready.
 
         Args:
             work: a function of a module, called with `ready`, `pause` and the arguments. It calls `ready(facts)`
@@ -31,7 +35,8 @@ class LoopInTurns:
         self._pipe, end = context.Pipe()
         # A daemon: an error in another loop, or Ctrl-C, must not leave a process that waits for this one.
         self._process = context.Process(target=_run, args=(end, work, arguments), daemon=True)
-        self._process.start()
+        with _one_gpu():
+            self._process.start()
         end.close()
         self.facts = self._receive()
 
@@ -63,6 +68,19 @@ class LoopInTurns:
         if error is not None:
             raise ValueError(error)
         return value
+
+
+@contextlib.contextmanager
+def _one_gpu() -> Iterator[None]:
+    """Let processes that are started in a `with` block see one GPU: some loops would take all."""
+    before = os.environ.get(VARIABLE)
+    os.environ |= showing({}, next(iter(visible_gpus(os.environ)), None))
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def _run(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import metatt_scale
 from metatt_scale.files import write_text
+from metatt_scale.gpus import showing
 from metatt_scale.study.outcome import is_trained
 from metatt_scale.study.runs import OpenStudy, Run, resolve
 
@@ -69,9 +70,9 @@ def seconds_spent(run: Run) -> float:
 class Child:
     """The processes of one run, one after the other."""
 
-    def __init__(self, run: Run, commands: Sequence[Command]) -> None:
-        """Start the first; all write to log.txt in the run directory."""
-        self.run = run
+    def __init__(self, run: Run, commands: Sequence[Command], gpu: str | None = None) -> None:
+        """Start the first; all write to log.txt in the run directory, and see one GPU where one is given."""
+        self.run, self.gpu = run, gpu
         self.log = run.folder / "log.txt"
         run.folder.mkdir(parents=True, exist_ok=True)
         self.log.touch()
@@ -81,6 +82,11 @@ class Child:
         self._stopped = False
         self._process: subprocess.Popen[bytes] | None = None
         self._next()
+
+    @property
+    def where(self) -> str:
+        """The GPU in words, behind something else; empty without one."""
+        return "" if self.gpu is None else f" on GPU {self.gpu}"
 
     @property
     def seconds(self) -> float:
@@ -133,7 +139,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=showing(environment(), self.gpu),
                 start_new_session=True,
             )
         if self._stopped:  # a signal came while it was started

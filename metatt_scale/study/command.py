@@ -19,6 +19,7 @@ from rich.console import Console
 
 from metatt_scale.ending import DIVERGED, SIGNALS
 from metatt_scale.files import write_text
+from metatt_scale.gpus import least_used, visible_gpus
 from metatt_scale.study.agenda import Agenda, agenda_of, unused
 from metatt_scale.study.children import Child, MakeCommands, commands_of, read_machine, seconds_spent
 from metatt_scale.study.opening import open_study
@@ -96,6 +97,7 @@ class _Invocation:
         self._make_commands = make_commands
         self._budget, self._started = budget, time.monotonic()
         self._agenda = agenda_of(opened, self._results)
+        self._gpus: tuple[str, ...] = ()
         self._children: list[Child] = []
         self._begun: list[Run] = []
         self._failed = 0
@@ -108,8 +110,7 @@ class _Invocation:
         if not self._agenda.left:
             return 1 if self._agenda.undecided else 0
         self._machine = machine(self._opened.device)
-        jobs, runs = self._opened.study.jobs, self._opened.runs
-        self._console.print(f"{self._outlook()}; {jobs} at a time, each with a log.txt below {runs}")
+        self._tell_where()
         with self._signals():
             try:
                 while self._start_what_fits() or self._children:
@@ -127,6 +128,20 @@ class _Invocation:
             return 128 + self._signal
         return 1 if self._failed or self._agenda.undecided else 0
 
+    def _tell_where(self) -> None:
+        """Find the GPUs, and say what runs where."""
+        jobs, self._gpus = self._opened.study.jobs, visible_gpus(os.environ)
+        gpus = f", on GPU{'s' * (len(self._gpus) > 1)} {', '.join(self._gpus)}" if self._gpus else ""
+        self._console.print(
+            f"{self._outlook()}; {jobs} at a time{gpus}, each with a log.txt below {self._opened.runs}"
+        )
+        if 0 < (n := len(self._gpus)) < jobs:
+            self._console.print(
+                f"`jobs` is {jobs}, but GPUs are {n}: some runs share a GPU and its memory; set `jobs: {n}` if these "
+                "do not fit",
+                style="yellow",
+            )
+
     # ---- runs
 
     def _start_what_fits(self) -> bool:
@@ -140,7 +155,8 @@ class _Invocation:
                 self._closed = True
                 break
             self._begun.append(run)
-            self._children.append(Child(run, self._make_commands(self._opened, run)))
+            gpu = least_used(self._gpus, [child.gpu for child in self._children])
+            self._children.append(Child(run, self._make_commands(self._opened, run), gpu))
             if self._stopping:  # a signal came while it was started
                 self._children[-1].stop()
             started = True
@@ -164,8 +180,11 @@ class _Invocation:
             if code == 0:
                 self._record(child)
             elif code == DIVERGED:
-                print(f"{child.run.label} diverged, which counts as worst:\n{child.last_words()}", file=sys.stderr)
-                self._append(child.run, diverged(self._opened, child.run, child.seconds, self._machine))
+                print(
+                    f"{child.run.label}{child.where} diverged, which counts as worst:\n{child.last_words()}",
+                    file=sys.stderr,
+                )
+                self._append(child, diverged(self._opened, child.run, child.seconds, self._machine))
             elif not (self._stopping and code in _STOPPED):
                 self._fail(child, f"ended with code {code}")
 
@@ -176,9 +195,10 @@ class _Invocation:
         except (ValueError, OSError, KeyError) as error:
             self._fail(child, f"has no result: {error}")
             return
-        self._append(run, line)
+        self._append(child, line)
 
-    def _append(self, run: Run, line: dict[str, Any]) -> None:
+    def _append(self, child: Child, line: dict[str, Any]) -> None:
+        run = child.run
         self._results.append(line)
         self._agenda = agenda_of(self._opened, self._results)
         for arm, choice in self._agenda.chosen.items():
@@ -186,11 +206,14 @@ class _Invocation:
                 self._results.append(choice)
                 self._console.print(f"{arm} takes {choice['chosen']}, by {choice['by']}: {_means(choice['means'])}")
         numbers = ", ".join(_number(name, line["scores"][name]) for name in self._opened.numbers(run))
-        self._console.print(f"{run.label}: {numbers}; {_duration(line['seconds'])}; {self._outlook()}")
+        self._console.print(f"{run.label}: {numbers}; {_duration(line['seconds'])}{child.where}; {self._outlook()}")
 
     def _fail(self, child: Child, why: str) -> None:
         self._failed += 1
-        print(f"error: {child.run.label} {why}; the end of {child.log}:\n{child.last_words()}", file=sys.stderr)
+        print(
+            f"error: {child.run.label}{child.where} {why}; the end of {child.log}:\n{child.last_words()}",
+            file=sys.stderr,
+        )
 
     # ---- time and signals
 

@@ -98,7 +98,8 @@ class Study(_Section):
     compare: tuple[tuple[str, str], ...] = ()
     """Pairs of arms whose difference is tested over their common seeds (on each of several recipes, and the mean)."""
     jobs: int = Field(default=1, ge=1, le=64)
-    """Runs at a time; they share the machine's memory."""
+    """Runs at a time; they share the machine's memory. Each sees one GPU, and where there are fewer GPUs than runs at
+    a time some share one."""
     runs_dir: str = ""
     """Folder of the run directories, relative to the working folder; runs/studies/NAME when absent."""
 

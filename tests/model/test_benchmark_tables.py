@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metatt_scale.backbone import byte_tokenizer
+from metatt_scale.benchmark import sweep as benchmark_sweep
 from metatt_scale.benchmark.arithmetic import Size
 from metatt_scale.benchmark.arms import LORA_RANKS
 from metatt_scale.benchmark.end_to_end import adjusted
@@ -14,6 +16,7 @@ from metatt_scale.benchmark.sweep import truncate_dense, truncate_product
 from metatt_scale.benchmark.trainers import Job, as_dataset, has_trl, micro_batch, pad_right
 from metatt_scale.benchmark.wire import Traffic
 from metatt_scale.data import IGNORE, prepare
+from metatt_scale.tensor import Swept
 from tests.benchmark import PEFT_WARNINGS, TRAINED, run
 from tests.distributed.jobs import ROOT, finish, torchrun
 from tests.toy import CPU, toy_recipe
@@ -109,6 +112,19 @@ def test_table_of_sweeps(recipe_file):
         "32 -> 16",
     ]
     assert "length" not in report["settings"] and report["settings"]["ranks"] == [4, 8]
+
+
+def test_a_chain_is_rounded_where_training_rounds_it(monkeypatch):
+    """On the CPU in float64: GPUs are slow at that, and cores that lie on one travel there and back."""
+    seen = []
+    monkeypatch.setattr(
+        benchmark_sweep, "sweep", lambda cores, **rule: seen.append(cores) or Swept(cores=cores, cuts=())
+    )
+    with FakeTensorMode():
+        cores = [torch.empty(shape, device="cuda") for shape in ((1, 32, 4), (4, 3, 4), (4, 32, 1))]
+        result = benchmark_sweep._sweep(cores, 2)()
+    assert {(core.device.type, core.dtype) for core in seen[0]} == {("cpu", torch.float64)}
+    assert {(core.device.type, core.dtype) for core in result} == {("cuda", torch.float32)}
 
 
 def test_both_truncations_are_the_best():

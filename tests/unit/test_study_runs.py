@@ -64,6 +64,27 @@ def test_all_runs_end_in_one_table(tmp_path, monkeypatch):
     assert float(rows[1]["eval_accuracy_half_width_95"]) == pytest.approx(4.302653e-3 / 3**0.5, rel=1e-6)
 
 
+SHOW_GPU = "import os; print('sees', os.environ.get('CUDA_VISIBLE_DEVICES'))"
+
+
+def commands_that_tell_their_gpu(opened, run):
+    return [(sys.executable, "-c", SHOW_GPU), *fake_commands(opened, run)]
+
+
+def test_every_run_sees_one_gpu_and_the_study_says_which(tmp_path, monkeypatch):
+    """All that ran at a time were on the first GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,MIG-5")
+    code, said = study(write_study(tmp_path, monkeypatch, jobs=3, seeds=[1]), commands_that_tell_their_gpu)
+    assert code == 0 and "3 at a time, on GPUs 4, MIG-5, each with a log.txt" in said
+    assert "`jobs: 2`" in said, "a warning that GPUs are shared"
+    gpus = set()
+    for arm in ("rank2", "rank4"):
+        log = (tmp_path / "runs" / "studies" / "toy" / arm / "seed-1" / "log.txt").read_text()
+        gpus |= set(seen := re.findall(r"^sees (.*)", log, re.MULTILINE))
+        assert len(seen) == 1 and re.search(rf"^{arm}, seed 1: .* on GPU {seen[0]};", said, re.MULTILINE)
+    assert gpus == {"4", "MIG-5"}
+
+
 def test_the_best_is_one_with_the_ranks_of_the_last_evaluation(tmp_path, monkeypatch):
     """A sweep changes the ranks: a score of larger ones is no result of the small ones that a run ends with."""
     path = write_study(tmp_path, monkeypatch, seeds=[1])

@@ -46,7 +46,8 @@ class Collected:
 
 def collected(*arguments):
     seen = Collected()
-    pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *arguments], plugins=[seen])
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    pytest.main([*options, *arguments], plugins=[seen])
     return seen.files
 
 
