@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test test-fast lint format schema clean
+.PHONY: quickstart test test-fast gpu-check lint format schema clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python launch/quickstart.py
@@ -16,6 +16,15 @@ test: lint
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -q
+
+# `make gpu-check PYTHON=python3` takes that environment as it is. ARGS: --out DIR; --device cpu --tiny.
+ifneq ($(filter command environment,$(origin PYTHON)),)
+gpu-check:
+	$(PYTHON) -m tests.gpu.check $(ARGS)
+else
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m tests.gpu.check $(ARGS)
+endif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -110,12 +110,12 @@ def said(console: Console) -> str:
     return console.file.getvalue()
 
 
-def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> Trainer:
+def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32, device: torch.device = CPU) -> Trainer:
     """The trainer that `train` would make, in any dtype (None: as the recipe says)."""
     tokenizer, classes = byte_tokenizer(), recipe.classifier.labels if recipe.classifier else None
     data = prepare(recipe.data, tokenizer, recipe.seed, classes=classes, tasks=recipe.tasks)  # type: ignore[arg-type]
     head = head_start(recipe, data)
-    model = load_backbone(recipe.backbone, CPU, recipe.seed, classes=recipe.head_outputs, head=head)
+    model = load_backbone(recipe.backbone, device, recipe.seed, classes=recipe.head_outputs, head=head)
     if dtype is not None:
         model = model.to(dtype)  # type: ignore[arg-type]
     adapter = build_adapter(model, recipe, World(device=CPU))
@@ -128,7 +128,7 @@ def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> T
         data=data,
         inputs="digest",
         pad_token_id=0,
-        world=World(device=CPU),
+        world=World(device=device),
         folder=Path(recipe.output_dir),
         console=quiet(),
     )

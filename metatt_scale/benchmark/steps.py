@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from metatt_scale.backbone import load_backbone
-from metatt_scale.benchmark.arms import FROZEN, TASKS, Arm, Work, builders, random_batch, twin
+from metatt_scale.benchmark.arms import FROZEN, TASKS, Arm, Build, Work, builders, random_batch, twin
 from metatt_scale.benchmark.memory import peak_bytes
 from metatt_scale.benchmark.report import (
     Report,
@@ -50,17 +50,8 @@ def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Call
     check_room(model, settings)
     try_head(model, device)  # as training does; all arms have it
     work = Work(recipe=recipe, batch=random_batch(model, settings.examples, settings.length), device=device)
-    arms = {}
-    for name, build in builders(recipe, settings.ranks).items():
-        show(f"adapting: {name}")
-        arms[name] = build(name, twin(model), work)
-    acts = {name: arm.step for name, arm in arms.items()}
-    seconds = take_turns(acts, settings.repeats, device, show)
-    peaks = {}
-    for name, arm in arms.items():
-        show(f"memory: {name}")
-        peaks[name] = arm.own_bytes + peak_bytes(arm.step, device)
-    rows = [_row(arm, seconds, peaks) for arm in arms.values()]
+    arms = build_arms(model, work, builders(recipe, settings.ranks), show)
+    rows = measure_arms(arms, settings.repeats, device, show)
     return Report(
         table="steps",
         title=f"a training step of {settings.examples} x {settings.length} tokens: {describe_backbone(recipe)}; "
@@ -72,6 +63,32 @@ def measure(recipe: Recipe, settings: Settings, device: torch.device, show: Call
         settings=settings_of("steps", settings, recipe),
         notes=_NOTES,
     )
+
+
+def build_arms(
+    model: PreTrainedModel, work: Work, build: Mapping[str, Build], show: Callable[[str], None]
+) -> dict[str, Arm]:
+    """Put every arm on a module tree of its own over the model's tensors."""
+    arms = {}
+    for name, make in build.items():
+        show(f"adapting: {name}")
+        arms[name] = make(name, twin(model), work)
+    return arms
+
+
+def measure_arms(
+    arms: Mapping[str, Arm], repeats: int, device: torch.device, show: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Time the steps of arms, the frozen model among them, in turns, then take each one's memory; a row for each.
+
+    Times are in seconds, memory in bytes beyond the frozen weights.
+    """
+    seconds = take_turns({name: arm.step for name, arm in arms.items()}, repeats, device, show)
+    peaks = {}
+    for name, arm in arms.items():
+        show(f"memory: {name}")
+        peaks[name] = arm.own_bytes + peak_bytes(arm.step, device)
+    return [_row(arm, seconds, peaks) for arm in arms.values()]
 
 
 def check_room(model: PreTrainedModel, settings: Settings) -> None:
