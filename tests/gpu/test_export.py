@@ -46,7 +46,9 @@ def base_of(folder, device):
 def test_reopened(finished, device):
     folder, expected = finished
     opened = reopen(folder / "run", quiet())
-    assert torch.equal(logits_of(opened.model, device), expected)
+    error = relative(logits_of(opened.model, device), expected)  # its products may come in another order
+    print(f"reopened: {error:.1e}")
+    assert error < FLOAT32
     assert relative(logits_of(base_of(folder, device), device), expected) > 1e-3, "the adapter must matter"
 
 

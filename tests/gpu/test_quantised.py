@@ -51,7 +51,7 @@ def test_forward_and_gradient_of_the_input(rows, dtype, double, device):
     expected = [x_NI.double() @ weight_OI.mT, dy_NO.double() @ weight_OI]
 
     def run(layer):
-        x = x_NI.to(device).requires_grad_()
+        x = x_NI.to(device, copy=True).requires_grad_()
         y = layer(x)
         y.backward(dy_NO.to(device))
         return [y.detach().to(CPU, torch.float64), x.grad.to(CPU, torch.float64)]

@@ -18,7 +18,6 @@ STEPS = {
     "padded": {"backbone": BFLOAT16, "training": {"packing": False}},
     "float16": {"backbone": {**BFLOAT16, "dtype": "float16"}},
     "recomputed": {"backbone": {**BFLOAT16, "gradient_checkpointing": True}},
-    "eager": {"backbone": {**BFLOAT16, "attention": "eager"}},
     "tasks": {"backbone": BFLOAT16, "adapter": {"kind": "metatt_4p1d"}},
     "5d": {"backbone": BFLOAT16, "adapter": {"kind": "metatt_5d"}},
     "lora": {"backbone": BFLOAT16, "adapter": {"kind": "lora"}},
