@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from metatt_scale.gpus import showing, visible_gpus
+from metatt_scale.versions import git_commit
 from tests.gpu.text import as_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,16 +222,11 @@ def describe_machine(device: str, environment: Mapping[str, str]) -> dict[str, A
     done = subprocess.run(command, cwd=ROOT, env=dict(environment), capture_output=True, text=True)
     if done.returncode:
         raise ValueError(done.stderr.strip()[-3000:])
-    return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit(), "time": time.strftime("%Y-%m-%d %H:%M")}
-
-
-def commit() -> str | None:
-    """Return the commit of this checkout, marked where files differ from it; None outside a repository."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return {
+        **json.loads(done.stdout.splitlines()[-1]),
+        "commit": git_commit(),
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+    }
 
 
 @contextmanager

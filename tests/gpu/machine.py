@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from metatt_scale.benchmark.report import cpu_name, describe_machine
+from metatt_scale.hardware import find_hardware, why_no_gpu
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "flash-attn", "pydantic")
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about |= {
-            "driver": driver(),
+            "driver": find_hardware().driver,
+            "gpu": settings_of_gpu(),
             "cuda": torch.version.cuda,
             "compute capability": f"{properties.major}.{properties.minor}",
             "memory GiB": round(properties.total_memory / 2**30, 1),
@@ -32,22 +33,19 @@ def describe(device: torch.device) -> dict[str, Any]:
     return about
 
 
-def driver() -> str:
-    """Return what the driver says of itself and the GPU, by nvidia-smi or from its own file."""
-    fields = "driver_version,power.limit,clocks.max.sm,ecc.mode.current"
+def settings_of_gpu() -> str:
+    """Return what decides the speed of the GPU besides its name, as nvidia-smi has it."""
+    fields = "power.limit,clocks.max.sm,ecc.mode.current"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        if done.returncode == 0:
-            version, power, clock, ecc = (part.strip() for part in done.stdout.strip().split(","))
-            return f"{version} (power limit {power}, clock up to {clock}, ECC {ecc})"
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        pass
-    return _DRIVER.read_text(errors="replace").partition("\n")[0] if _DRIVER.is_file() else "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown (no nvidia-smi)"
+    return f"{fields}: {done.stdout.strip()}"
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1]
-    if wanted == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"PyTorch {torch.__version__} finds no GPU (CUDA {torch.version.cuda}; driver: {driver()})")
+    wanted, hardware = sys.argv[1], find_hardware()
+    if wanted == "cuda" and not hardware.gpus:
+        sys.exit(why_no_gpu(hardware, os.environ))
     print(json.dumps(describe(torch.device("cuda", 0) if wanted == "cuda" else torch.device("cpu"))))

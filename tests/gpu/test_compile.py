@@ -10,9 +10,14 @@ from tests.gpu.small import distances, first_gradient, recipe_for
 from tests.tiny import FLOAT32
 from tests.toy import CPU
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+
+@pytest.mark.parametrize(
+    "packing, checkpointing",
+    [(False, False), (True, False), (True, True)],
+    ids=["padded", "packed", "packed, recomputed"],
+)
 def test_compiled_layers(packing, checkpointing, device, tmp_path):
     torch._dynamo.reset()
     backbone, training = {"gradient_checkpointing": checkpointing}, {"packing": packing}

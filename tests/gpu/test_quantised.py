@@ -81,7 +81,7 @@ def test_packed_weights_are_those_of_a_cpu(double, device):
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 def test_packing_in_pieces_changes_no_bit(storage, double, device, monkeypatch):
     """Against bitsandbytes' own packing of the whole weight; pieces here do not even divide it."""
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
     monkeypatch.setattr(quantised_module, "_PIECE", 3 * 1024)
     ours, _, weight = linear_of(device, torch.float32, double, storage)
@@ -99,7 +99,7 @@ def test_packing_in_pieces_changes_no_bit(storage, double, device, monkeypatch):
 
 def trainers(folder, device, dtype, checkpointing):
     """On packed weights; and on a CPU on the weights that these stand for, in float32 and in the same type."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     backbone = {"gradient_checkpointing": checkpointing}
     packed = trainer_for(
