@@ -163,6 +163,7 @@ def test_this_machine_is_looked_at():
 
 def test_the_device_and_its_warnings_are_printed(monkeypatch):
     monkeypatch.setattr(hardware, "find_hardware", lambda: of(CPU_BUILD, others=("XPU",)))
+    monkeypatch.setattr(hardware.os, "environ", {})  # tests hide every GPU by a variable
     output = io.StringIO()
     assert pick_device("auto", Console(file=output, width=200)) == torch.device("cpu")
     first, second = output.getvalue().splitlines()
