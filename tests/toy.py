@@ -139,6 +139,15 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def tensorboard_scalars(run: Path, name: str) -> dict[int, float]:
+    """What TensorBoard was given under a name: {step: value}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written = run.rglob("events.out.tfevents.*")  # one of the scalars, one of the hyperparameters
+    found = (f for f in (EventAccumulator(str(e)).Reload() for e in written) if name in f.Tags()["scalars"])
+    return {event.step: event.value for event in next(found).Scalars(name)}
+
+
 def bits_of(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     return [without_clock(line) for line in metrics(folder)]

@@ -110,7 +110,7 @@ class Trainer:
         """
         first = self.world.is_first
         metrics = MetricsFile(self.folder / METRICS_FILE, self.progress.step) if first else None
-        trackers = Trackers(self.recipe) if first else None
+        trackers = Trackers(self.recipe, self.folder, self.console) if first else None
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
         if self.recipe.adapter.start_from and not self.progress.step and self.data.validation is not None:
             self.progress.start_scores = {k: v for k, v in self.evaluate().items() if math.isfinite(v)}
@@ -140,8 +140,8 @@ class Trainer:
             restore_signals()
             bar.close()
             if metrics and trackers:
-                metrics.close()
                 trackers.close()
+                metrics.close()
 
     def _unread_steps(self) -> int:
         """Return how many steps may stay unread: the one in work, unless something is due that needs its numbers."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,37 +56,82 @@ def check_trackers(recipe: Recipe) -> None:
     """
     if not recipe.logging.trackers:
         return
-    from accelerate.tracking import filter_trackers
+    from accelerate.tracking import get_available_trackers
 
-    missing = [name for name in recipe.logging.trackers if not filter_trackers([name], recipe.output_dir)]
+    available = {str(tracker) for tracker in get_available_trackers()}
+    missing = [name for name in recipe.logging.trackers if name not in available]
     if missing:
         raise ValueError(
             f"logging.trackers names {', '.join(missing)}, but that package is not installed; "
-            "run `pip install metatt-scale[trackers]` or remove it from the list"
+            f"run `pip install {' '.join(missing)}` or remove it from the list"
         )
 
 
 class Trackers:
-    """Experiment trackers of accelerate (TensorBoard, Weights & Biases, MLflow, trackio), if the recipe names any."""
+    """Experiment trackers of accelerate (TensorBoard, Weights & Biases, MLflow, trackio), if the recipe names any.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._accelerator = None
-        if recipe.logging.trackers:
-            from accelerate import Accelerator
+    Only rank 0 makes them. A tracker that fails is reported once and gets no more numbers; training goes on, and
+    metrics.jsonl has all of them.
+    """
 
-            self._accelerator = Accelerator(log_with=list(recipe.logging.trackers), project_dir=recipe.output_dir)
-            self._accelerator.init_trackers(recipe.logging.project, config=_flat(recipe.model_dump(mode="json")))
+    def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
+        """Start the trackers and give them the recipe.
+
+        Args:
+            recipe: names them in `logging.trackers`.
+            folder: the run directory, for those that write files.
+            console: told of a tracker that fails.
+        """
+        self._console = console
+        self._running: dict[str, Any] = {}
+        if not recipe.logging.trackers:
+            return
+        from accelerate import tracking
+
+        # Its classes ask PartialState for the rank before every call and every line they log. To make one is to start
+        # a process group, choose a device or set the number of threads, which `join` and the launcher have done.
+        tracking.logger = _TrackerLog(logging.getLogger(tracking.__name__), {})  # type: ignore[assignment]
+        settings = _flat(recipe.model_dump(mode="json"))
+        for name in dict.fromkeys(recipe.logging.trackers):
+            kind: Any = tracking.LOGGER_TYPE_TO_CLASS[name]
+            tracker = kind(recipe.logging.project, *([folder] if kind.requires_logging_directory else []))
+            tracker.main_process_only = False
+            self._running[name] = tracker
+        self._each(lambda tracker: tracker.start())
+        self._each(lambda tracker: tracker.store_init_configuration(settings))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Send the numbers among `values`."""
-        if self._accelerator is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-            self._accelerator.log(numbers, step=step)
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        self._each(lambda tracker: tracker.log(numbers, step=step))
 
     def close(self) -> None:
         """Finish all trackers."""
-        if self._accelerator is not None:
-            self._accelerator.end_training()
+        self._each(lambda tracker: tracker.finish())
+        self._running.clear()
+
+    def _each(self, act: Callable[[Any], object]) -> None:
+        """Do something with every tracker; drop those that fail, so that none delays training again and again."""
+        for name, tracker in list(self._running.items()):
+            try:
+                act(tracker)
+            except Exception as error:  # of any class: each package has its own
+                del self._running[name]
+                reason = (str(error).strip().splitlines() or ["no message"])[0]
+                self._console.print(
+                    f"logging.trackers: {name} failed ({type(error).__name__}: {reason}) and gets no more numbers; "
+                    "training goes on, and metrics.jsonl has all of them",
+                    style="yellow",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+
+class _TrackerLog(logging.LoggerAdapter):
+    """A plain log with the one method that accelerate's has besides."""
+
+    def warning_once(self, message: str) -> None:
+        self.warning(message)
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

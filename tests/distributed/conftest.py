@@ -7,6 +7,9 @@ from tests.distributed.kill_matrix import straight
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """A folder of runs, and the final cores of two ranks on one host that nothing disturbed."""
+    """A folder of runs, and the final cores of two ranks on one host that nothing disturbed.
+
+    That run has a tracker (test_trackers.py); the runs that are compared with it have none.
+    """
     folder = tmp_path_factory.mktemp("jobs")
-    return folder, straight(folder)
+    return folder, straight(folder, logging={"trackers": ["tensorboard"]})

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from tests.distributed.jobs import FAULTS, TRAIN, adapter_of, alive, fault, finish, job, torchrun, write_recipe
 
@@ -37,10 +38,10 @@ class Outcome:
     """Whether the final cores are those of an undisturbed run."""
 
 
-def straight(folder: Path, backbone: str = "replicate") -> bytes:
-    """Return the cores of a run that nothing disturbs."""
+def straight(folder: Path, backbone: str = "replicate", **sections: dict[str, Any]) -> bytes:
+    """Return the cores of a run that nothing disturbs; `sections` of its recipe change no bit."""
     name = f"straight-{backbone}"
-    recipe = write_recipe(folder, name, parallel={"backbone": backbone})
+    recipe = write_recipe(folder, name, parallel={"backbone": backbone}, **sections)
     finish(torchrun(TRAIN, recipe), folder / f"{name}.log")
     return adapter_of(folder / name)
 

@@ -13,7 +13,18 @@ from metatt_scale.training.optimizer import clip, learning_rate
 from metatt_scale.training.seeds import derived_seed
 from metatt_scale.training.slices import SliceNorms
 from tests.tiny import FLOAT32, FLOAT64, randomise
-from tests.toy import GPT2, LLAMA, make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
+from tests.toy import (
+    GPT2,
+    LLAMA,
+    make_trainer,
+    metrics,
+    one_step,
+    quiet,
+    said,
+    tensorboard_scalars,
+    toy_recipe,
+    write_toy,
+)
 
 # ---- one optimizer step
 
@@ -235,21 +246,17 @@ def test_the_last_step_is_always_in_the_metrics(tmp_path):
 
 
 def test_tensorboard_gets_event_files(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     train(toy_recipe(tmp_path, logging={"every": 1, "trackers": ["tensorboard"]}), quiet())
-    written = (tmp_path / "run").rglob("events.out.tfevents.*")  # one of the scalars, one of the hyperparameters
-    found = next(f for f in (EventAccumulator(str(e)).Reload() for e in written) if "loss" in f.Tags()["scalars"])
-    losses = [event.value for event in found.Scalars("loss")]
-    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+    losses = {line["step"]: pytest.approx(line["loss"]) for line in metrics(tmp_path / "run")}
+    assert tensorboard_scalars(tmp_path / "run", "loss") == losses
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch):
     from accelerate import tracking
 
-    monkeypatch.setattr(tracking, "filter_trackers", lambda names, folder: [n for n in names if n != "wandb"])
+    monkeypatch.setattr(tracking, "_available_trackers", ["tensorboard"])
     recipe = toy_recipe(tmp_path, logging={"trackers": ["tensorboard", "wandb"]})
-    with pytest.raises(ValueError, match=r"names wandb, but that package is not installed; run `pip install"):
+    with pytest.raises(ValueError, match=r"logging\.trackers names wandb,"):
         train(recipe, quiet())
     assert not (tmp_path / "run").exists()
 
