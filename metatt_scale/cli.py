@@ -1,20 +1,18 @@
 """The command line: train, evaluate, export, plan, generate, benchmark, study, report, quickstart, doctor.
 
 Anything the user can mend is one message on stderr and exit code 2 (3 where training diverged); `doctor` exits with 2
-where a line is a problem. A run stopped by a signal exits with 128 plus the signal's number. METATT_DEBUG=1 shows the
-traceback behind a message. Libraries are imported by the command that needs them, after its arguments and recipe are
-checked.
+where a line is a problem. A run stopped by a signal exits with 128 plus the signal's number (docs/exit_codes.md).
+METATT_DEBUG=1 shows the traceback behind a message. Libraries are imported by the command that needs them, after its
+arguments and recipe are checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 import sys
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +24,17 @@ from metatt_scale import __version__
 from metatt_scale.benchmark.command import run as run_benchmark
 from metatt_scale.benchmark.settings import add_arguments as add_benchmark_arguments
 from metatt_scale.doctor.command import add_doctor
-from metatt_scale.ending import DIVERGED, DivergedError, leave, message_of, out_of_memory, told_elsewhere, which_rank
+from metatt_scale.ending import (
+    DIVERGED,
+    DivergedError,
+    leave,
+    message_of,
+    nccl_failed,
+    out_of_memory,
+    told_elsewhere,
+    which_rank,
+)
+from metatt_scale.libraries import quiet_libraries
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe, only_language_models
@@ -40,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         options = _parse(arguments)
-        _quiet_libraries()
+        quiet_libraries()
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -57,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if os.environ.get("METATT_DEBUG"):
             raise
-        if (why := out_of_memory(error)) is not None:
+        if (why := out_of_memory(error) or nccl_failed(error)) is not None:
             print(f"error{which_rank()}: {why}", file=sys.stderr)
             return 2
         if isinstance(error, MemoryError) or (why := told_elsewhere(error)) is None:
@@ -71,8 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and end this process with its exit code."""
-    leave(main(arguments))
+    """Run one command and end this process with its exit code (1 after an error of ours, with its traceback)."""
+    try:
+        code = main(arguments)
+    except Exception as error:  # told before the interpreter is taken down, for which NCCL may wait
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    leave(code)
 
 
 def _one_process(command: str) -> None:
@@ -100,20 +113,6 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RecipeError(f"{message}; see `{self.prog} --help`")
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' chatter out of our progress (their errors still show); to be done before they load."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # PyTorch writes the C++ stack of a rank that waits in vain; the exception that follows tells what we say of it.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # DeepSpeed sets its level when it loads, so here a filter.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    warnings.filterwarnings("ignore", ".torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)  # PEFT asks transformers for it
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import errno
+import itertools
 import os
+import re
 import signal
 import sys
 from typing import NoReturn
@@ -49,15 +51,24 @@ def told_elsewhere(error: RuntimeError) -> str | None:
 
     if isinstance(error, OtherRankError):
         return ""
-    if isinstance(error, distributed.DistError) or "gloo" in str(error):
-        reason = str(error).splitlines()[0]
-        if "timed out" in reason.lower():
+    if isinstance(error, distributed.DistError) or re.search("gloo|NCCL", str(error)):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if re.search("tim(ed|ing|e) ?out", reason, re.IGNORECASE):  # gloo's word, NCCL's, the store's
             return (
                 "a collective failed: another rank did not answer within parallel.timeout_minutes. Its own error "
                 f"tells why; if it has none it hangs, was never started, or needs a larger value ({reason})"
             )
         return f"a collective failed, so another rank is gone; its own error tells why ({reason})"
     return None
+
+
+def nccl_failed(error: Exception) -> str | None:
+    """Return what to say where NCCL failed on this rank itself; None for all else, also for what a peer caused."""
+    text = str(error)
+    if not re.search("nccl(UnhandledCuda|System|Internal)Error|ncclInvalid(Usage|Argument)", text):
+        return None
+    lines = itertools.takewhile(lambda line: not line.startswith("Exception raised from"), text.splitlines())
+    return f"{' '.join(line.strip() for line in lines)} Start with NCCL_DEBUG=INFO to see what NCCL had tried"
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> str | None:

@@ -207,15 +207,60 @@ def test_a_full_disk_has_a_place_and_a_remedy(fails, capsys, number):
     )
 
 
+WATCHDOG = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE) ran before timing out."
+REMOTE = "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.29\n"
+REMOTE += "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+KEY_VALUE = (
+    "[1] is setting up NCCL communicator, but store->get('0') got error: wait timeout after 600000ms, keys: /0"
+)
+NO_ANSWER, GONE = "parallel.timeout_minutes", "another rank is gone"
+
+
 @pytest.mark.parametrize(
     "text, why",
     [
-        ("[gloo] Timed out waiting 6000ms", "did not answer within parallel.timeout_minutes"),
-        ("[gloo] Connection closed by peer", "another rank is gone; its own error tells why"),
+        ("[gloo] Timed out waiting 6000ms", NO_ANSWER),
+        ("[gloo] Connection closed by peer", GONE),
+        (WATCHDOG, NO_ANSWER),
+        (KEY_VALUE, NO_ANSWER),
+        ("NCCL communicator was aborted on rank 0.", GONE),
+        (REMOTE, GONE),
     ],
+    ids=lambda text: text[:30],
 )
-def test_a_failed_collective_names_the_key(launched, fails, capsys, text, why):
+@pytest.mark.parametrize("kind", [torch.distributed.DistBackendError, RuntimeError])
+def test_a_failed_collective_names_the_key(launched, fails, capsys, kind, text, why):
     launched(**PLACE)
-    code, waited = fails(torch.distributed.DistBackendError(text + "\nC++ stack"))
+    code, waited = fails(kind(text + "\nC++ stack"))
     message = capsys.readouterr().err
     assert code == 2 and waited and why in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "first, name, last",
+    [
+        ("unhandled cuda error", "ncclUnhandledCudaError", "Cuda failure 2 'out of memory'"),
+        ("invalid usage", "ncclInvalidUsage", "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 50"),
+        ("unhandled system error", "ncclSystemError", "Bootstrap : no socket interface found"),
+    ],
+)
+def test_what_fails_in_nccl_on_this_rank_is_told_at_once_with_its_cause(launched, fails, capsys, first, name, last):
+    """No other rank tells it."""
+    launched(**PLACE)
+    text = (
+        f"NCCL error in: NCCLUtils.cpp:77, {first}, NCCL version 2.29\n{name}: A call failed.\nLast error:\n{last}\n"
+    )
+    code, waited = fails(torch.distributed.DistBackendError(text + "Exception raised from create at C++ stack"))
+    message = capsys.readouterr().err
+    assert code == 2 and not waited and message.count("\n") == 1
+    assert all(part in message for part in ("on rank 1", first, last, "NCCL_DEBUG=INFO")) and "C++" not in message
+
+
+def test_our_own_errors_have_a_traceback_and_end_the_process(monkeypatch, capsys):
+    """Before anything is taken down: an engine's process group may wait for ranks that wait for this one."""
+    codes = []
+    monkeypatch.setattr(cli, "main", lambda _: 1 / 0)
+    monkeypatch.setattr(cli, "leave", lambda code: codes.append((code, capsys.readouterr().err)))
+    cli.run([])
+    ((code, told),) = codes
+    assert code == 1 and told.startswith("Traceback") and "ZeroDivisionError" in told
