@@ -258,7 +258,7 @@ def gpu_index(count: int, environment: Mapping[str, str]) -> int:
     LOCAL_RANK counts among all GPUs of the node. A batch system may show each of its tasks one GPU only, which has
     index 0 whatever the task's LOCAL_RANK. torchrun and deepspeed show all their processes the same GPUs, so there
     a LOCAL_RANK beyond them has none. Whether two processes have taken one GPU all the same is found when they meet
-    (`parallel.world`).
+    (`parallel.meeting`).
 
     Args:
         count: visible GPUs, at least one.

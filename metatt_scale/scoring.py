@@ -52,7 +52,8 @@ def score_run(
     chosen = pick_device(device, console, recipe.backbone.dtype)
     launch, recipe = _here(recipe, place, chosen)
     timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
-    with join(chosen, timeout, group=launch.strategy != "replicate") as world:
+    sharded, offload = launch.strategy != "replicate", recipe.parallel.cpu_offload
+    with join(chosen, timeout, group=sharded, cpu_tensors=offload) as world:
         index = task_index(recipe, task)
         opened = reopen(path, console, chosen, backbone, make_engine(world, launch, recipe))
         opened.adapter.task = index

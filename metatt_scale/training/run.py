@@ -98,7 +98,8 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         check_length(recipe, data)
         check_scores(recipe, data)
         timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
-        with join(device, timeout, group=launch.strategy != "replicate") as world:
+        sharded, offload = launch.strategy != "replicate", recipe.parallel.cpu_offload
+        with join(device, timeout, group=sharded, cpu_tensors=offload) as world:
             trainer = _assemble(recipe, folder, console, world, launch, data, tokenizer)
             _resume(trainer)
             world.on_first(lambda: write_text(folder / RECIPE_FILE, RECIPE_HEAD + dump_recipe(recipe)))

@@ -52,8 +52,8 @@ def test_sigterm_on_any_rank_saves_once_ends_all_alike_and_costs_no_bit(undistur
     assert "resuming after step 9" in output and adapter_of(run) == expected
 
 
-@pytest.mark.parametrize("kind", ["error", "refusal"])
-def test_an_error_of_one_rank_ends_the_job_and_is_told_first(undisturbed, kind):
+@pytest.mark.parametrize("kind, code", [("error", 1), ("refusal", 2)])
+def test_an_error_of_one_rank_ends_the_job_and_is_told_first(undisturbed, kind, code):
     """Of either sort: with a traceback, or one that the user can mend."""
     folder, _ = undisturbed
     notes = folder / f"{kind}-notes"
@@ -66,7 +66,8 @@ def test_an_error_of_one_rank_ends_the_job_and_is_told_first(undisturbed, kind):
     print(f"all ranks gone {seconds:.1f} s after the {kind}")
     own, consequence = output.find("this rank's own trouble"), output.find("a collective failed")
     assert own >= 0 and (consequence < 0 or own < consequence), output
-    assert re.search(r"Root Cause.*?rank +: 1 ", output, re.DOTALL), output
+    assert re.search(rf"Root Cause.*?rank +: 1 .*?exitcode +: {code} ", output, re.DOTALL), output
+    assert (notes / "code-1").read_text() == f"{code}\n", "the process ended by itself"
 
 
 def test_a_frozen_rank_is_noticed_within_the_time_out(undisturbed):

@@ -16,6 +16,7 @@ from tests.distributed.jobs import (
     TRAIN,
     adapter_of,
     checkpoints_of,
+    fault,
     finish,
     stop,
     torchrun,
@@ -35,7 +36,7 @@ ON_THE_CPU = {"deepspeed": {"ACCELERATE_USE_CPU": "true"}}
 def launcher(name: str, folder: Path) -> list[str]:
     """The command of a launcher, the same on each host, as launch/multinode/README.md has it."""
     if name == "torchrun":
-        place = ["--node-rank", "@HOST@", "--master-addr", "@FIRST@", "--master-port", PORT]
+        place = ["--node-rank", "@HOST@", "--master-addr", "@FIRST@", "--master-port", PORT, "--max-restarts", "1"]
         return [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *place]
     if name == "deepspeed":
         (folder / "hostfile").write_text("host-0 slots=1\nhost-1 slots=1\n")
@@ -55,9 +56,7 @@ def hosts():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "name, backbone, rank", [("torchrun", "replicate", 1), ("deepspeed", "zero3", 0), ("accelerate", "fsdp2", 1)]
-)
+@pytest.mark.parametrize("name, backbone, rank", [("deepspeed", "zero3", 0), ("accelerate", "fsdp2", 1)])
 def test_two_hosts_train_stop_and_go_on_to_the_bits_of_one(hosts, undisturbed, name, backbone, rank):
     folder, expected = undisturbed
     if backbone != "replicate":
@@ -72,6 +71,18 @@ def test_two_hosts_train_stop_and_go_on_to_the_bits_of_one(hosts, undisturbed, n
     assert checkpoints_of(run) == ["step-000004", "step-000006"], output
     output = finish([*start, str(TRAIN), str(recipe)], folder / f"{name}-again.log", **cpu)
     assert "resuming after step 6" in output and adapter_of(run) == expected, output
+
+
+def test_a_loss_that_only_a_time_out_tells_restarts_both_hosts(hosts, undisturbed):
+    """Host 1 restarts its rank at once, host 0 when its rank has waited for parallel.timeout_minutes, here 9 s."""
+    folder, expected = undisturbed
+    run, notes = folder / "torchrun", folder / "torchrun-notes"
+    recipe = write_recipe(folder, "torchrun", parallel={"timeout_minutes": 0.15})
+    command = [TWO_HOSTS, *launcher("torchrun", folder), str(FAULTS), str(recipe)]
+    output = finish(command, folder / "torchrun.log", **fault("unnoticed", 1, notes))
+    assert "parallel.timeout_minutes" in output and "resuming after step 4" in output, output
+    assert [(notes / f"attempt-{rank}").read_text() for rank in (0, 1)] == ["0\n1\n", "0\n1\n"]
+    assert adapter_of(run) == expected, output
 
 
 def test_nothing_is_left_of_the_hosts(hosts):

@@ -8,7 +8,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from metatt_scale import cli
 from metatt_scale.parallel import Launch, check_engine, place_in_world, with_fitting_shards
-from metatt_scale.parallel.world import check_alone
+from metatt_scale.parallel.meeting import check_alone
 from metatt_scale.parallel.zero3 import tell_deepspeed
 from metatt_scale.recipe import ParallelRecipe, RecipeError, validate
 
@@ -54,7 +54,10 @@ def test_the_deepspeed_launcher_has_another_name_for_the_node(launched, monkeypa
         ({"RANK": "4"}, "RANK is 4, but WORLD_SIZE is 4, so ranks end at 3"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'; it must be a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_PORT is '99999999'; it must be a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
     ],
     ids=lambda value: str(value)[:40],
 )

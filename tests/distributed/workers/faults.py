@@ -1,7 +1,8 @@
 """launch/train.py with one fault on one rank of the first attempt; arguments are those of launch/train.py.
 
 FAULT names the moment, or `moment:STEP` (a step of this process, from 1; 6 if not said), FAULT_RANK the rank.
-The folder FAULT_NOTES receives `pid-RANK` (a line per attempt), `code-RANK` (exit codes) and `moment` (when it was).
+The folder FAULT_NOTES receives `pid-RANK` and `attempt-RANK` (a line per attempt, with its number), `code-RANK` (exit
+codes) and `moment` (when it was).
 """
 
 import os
@@ -38,6 +39,15 @@ def die_later() -> None:
     die()
 
 
+def die_unnoticed() -> None:
+    """Die while the connections to the other ranks stay open, so that only a time-out tells, as with NCCL."""
+    note("moment", time.time())
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def freeze() -> None:
     """Stop for ever, as a rank does whose disk or network hangs."""
     note("moment", time.time())
@@ -51,7 +61,11 @@ def be_stopped() -> None:
 
 
 def fail() -> None:
-    """Fail with an error of this rank's own."""
+    """Fail with an error of this rank's own, where leaving the process group would wait for the other ranks."""
+    from metatt_scale.parallel import world
+
+    # As NCCL's may, while a peer sits in a collective: pytorch issue 196968.
+    world.dist.destroy_process_group = lambda *_: time.sleep(3600)  # type: ignore[assignment]
     note("moment", time.time())
     raise (ValueError if KIND == "refusal" else RuntimeError)("this rank's own trouble")
 
@@ -94,7 +108,14 @@ def plant() -> None:
     def die_at_payload() -> None:
         on_call(world.dist, "broadcast", 1, die_later, is_payload)
 
-    in_forward = {"step": die, "freeze": freeze, "stop": be_stopped, "error": fail, "refusal": fail}
+    in_forward = {
+        "step": die,
+        "unnoticed": die_unnoticed,
+        "freeze": freeze,
+        "stop": be_stopped,
+        "error": fail,
+        "refusal": fail,
+    }
     if KIND in in_forward:  # in the last micro-batch
         on_call(objective, "token_loss_sum", MICRO_BATCHES * STEP, in_forward[KIND], is_training)
     elif KIND == "all-reduce":
@@ -113,15 +134,21 @@ def plant() -> None:
 
 def main() -> NoReturn:
     """Train, with the fault if it is this rank's."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     note(f"pid-{RANK}", os.getpid())
-    from metatt_scale.cli import main as command
-    from metatt_scale.ending import leave
+    note(f"attempt-{RANK}", attempt)
+    from metatt_scale import cli
 
-    if RANK == int(os.environ["FAULT_RANK"]) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    leave = cli.leave
+
+    def note_and_leave(code: int) -> NoReturn:
+        note(f"code-{RANK}", code)
+        leave(code)
+
+    cli.leave = note_and_leave
+    if RANK == int(os.environ["FAULT_RANK"]) and attempt == "0":
         plant()
-    code = command(["train", *sys.argv[1:]])
-    note(f"code-{RANK}", code)
-    leave(code)
+    cli.run(["train", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
