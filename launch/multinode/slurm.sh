@@ -29,8 +29,9 @@ cd "$SLURM_SUBMIT_DIR" # Slurm runs a copy of this file from another folder
 # ---- what a cluster may want to change, from the environment of sbatch
 ranks_per_node=${METATT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 restarts=${METATT_RESTARTS:-3}
-port=${METATT_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # two jobs on one node do not meet
-if [[ -n ${METATT_NIC:-} ]]; then                      # network interface between the nodes, where it must be named
+# Two jobs on one node do not meet, and no port is among those that Linux gives to clients (32768 and above).
+port=${METATT_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+if [[ -n ${METATT_NIC:-} ]]; then # network interface between the nodes, where it must be named
   export GLOO_SOCKET_IFNAME=$METATT_NIC NCCL_SOCKET_IFNAME=$METATT_NIC
 fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
@@ -44,8 +45,7 @@ first_node=${nodes%%$'\n'*}
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES nodes of $ranks_per_node ranks," \
   "meeting at $first_node:$port"
 
-# A fixed meeting point and rank per node: restarted ranks of all nodes then agree on the number of their attempt.
-# SLURM_NODEID differs per node, so it is read there and not here.
+# A fixed meeting point and rank per node. SLURM_NODEID differs per node, so it is read there and not here.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c 'exec python -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@"' torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "$ranks_per_node" --max-restarts "$restarts" \

@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -53,9 +54,7 @@ class Zero3:
                 **config["zero_optimization"]["offload_param"],
                 "pin_memory": False,
             }
-        # A shared-memory collective for CPUs that would be compiled at every start; a process killed meanwhile leaves
-        # a lock on which every later one waits for ever. gloo does its work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        do_without_compiled_collective(deepspeed.ops)
         deepspeed.init_distributed(auto_mpi_discovery=False)
         _check_keys(config, file)
         self._deepspeed = deepspeed
@@ -93,6 +92,18 @@ class Zero3:
 
     def _shard(self, module: nn.Module) -> None:
         self._deepspeed.zero.Init(module=module, config_dict_or_path=copy.deepcopy(self._config), dtype=self._dtype)
+
+
+def do_without_compiled_collective(ops: ModuleType) -> None:
+    """Keep DeepSpeed from compiling a shared-memory collective for CPUs at every start; gloo does its work.
+
+    A process killed while it compiles leaves a lock on which every later one waits for ever. The table is written to
+    without being read: to read it is to try the compilers, nvcc among them, for every operation DeepSpeed knows.
+
+    Args:
+        ops: `deepspeed.ops`.
+    """
+    vars(ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def zero3_config(

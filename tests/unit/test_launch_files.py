@@ -24,7 +24,7 @@ DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 ACCELERATE = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 MULTINODE = ROOT / "launch" / "multinode"
 SCRIPTS = [MULTINODE / "slurm.sh", ROOT / "tests" / "distributed" / "two_hosts.sh"]
-READMES = [ROOT / "ds_configs" / "README.md", MULTINODE / "README.md"]
+READMES = [ROOT / "ds_configs" / "README.md", MULTINODE / "README.md", ROOT / "docs" / "exit_codes.md"]
 STRATEGY = {"replicate.yaml": None, "fsdp2.yaml": "fsdp2", "zero3.yaml": "zero3", "multi_node.yaml": "fsdp2"}
 
 
@@ -55,6 +55,21 @@ def test_deepspeed_reads_every_key(path, monkeypatch):
     offload, kind = zero.offload_param, re.search(r"offload_(\w+)", path.stem)
     assert (offload and offload.device) == (kind and kind[1])
     assert zero.offload_optimizer is None and not (offload and offload.model_extra)
+
+
+def test_zero3_starts_without_trying_compilers(monkeypatch):
+    """To read DeepSpeed's table of operations is to probe for gcc, nvcc and libraries, on every rank."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+
+    from metatt_scale.parallel.zero3 import do_without_compiled_collective
+
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **_: started.append(command))
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    do_without_compiled_collective(deepspeed.ops)
+    assert build_shm_op() is None and not started
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=names)
@@ -227,11 +242,9 @@ def cluster(tmp_path):
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
     }
 
-    def start(*arguments):
-        command = ["bash", str(MULTINODE / "slurm.sh"), *arguments]
-        return subprocess.Popen(
-            command, env={**clean, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    def start(*arguments, **more):
+        command, env = ["bash", str(MULTINODE / "slurm.sh"), *arguments], {**clean, **environment, **more}
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return tmp_path, start
 
@@ -276,6 +289,16 @@ def test_slurm_leaves_a_failed_job_out_of_the_queue(cluster):
     output, _ = job.communicate(timeout=30)
     assert job.returncode == 1 and "not queued again" in output
     assert calls(folder, "scontrol") == ["show hostnames node-[a-b]"]
+
+
+@pytest.mark.parametrize("job_id", ["7", "119999", "4294967295"])
+def test_the_port_of_a_slurm_job_is_none_that_clients_are_given(cluster, job_id):
+    """Linux gives those from 32768 on to whoever opens a connection (net.ipv4.ip_local_port_range)."""
+    folder, start = cluster
+    (folder / "broken").touch()
+    output, _ = start("recipe.yaml", SLURM_JOB_ID=job_id).communicate(timeout=30)
+    (port,) = re.findall(r"meeting at node-a:(\d+)", output)
+    assert 1024 <= int(port) < 32768
 
 
 def test_slurm_wants_a_recipe(cluster):
