@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from metatt_scale.methods import build_adapter
-from metatt_scale.parallel import World
-from metatt_scale.plan.simulate import load_sharded
 from metatt_scale.recipe import Recipe, validate
-from tests.fake_cuda.device import CUDA, fake_cuda
 from tests.fake_cuda.fixtures import RARELY, STEPS, check_queue, resume_on_gpu, run_on_gpu
 from tests.toy import BERT, ROBERTA, toy, toy_classifier, toy_recipe, write_toy
 
@@ -87,20 +81,3 @@ def test_a_sweep(tmp_path: Path, how: dict) -> None:
     check_queue(done)
     assert set(done.run.adapter.spec.ranks) == {2}
     check_queue(resume_on_gpu(recipe))
-
-
-@pytest.mark.parametrize("kind", ["metatt_4d", "lora"])
-def test_an_offloaded_backbone_keeps_no_adapter_on_the_host(tmp_path: Path, kind: str) -> None:
-    """One process plays a rank of two, for FSDP2's shards of the backbone lie on the CPU between their forwards."""
-    adapter = {"kind": kind, "rank": 4}
-    recipe = chain(tmp_path, adapter=adapter, parallel={"backbone": "fsdp2", "cpu_offload": True})
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        with fake_cuda():
-            world = World(device=CUDA, size=2, local_size=2)
-            model = load_sharded(recipe, world, "fsdp2")
-            assert model.device.type == "cpu"
-            trained = build_adapter(model, recipe, world).trained().values()
-            assert {parameter.device for parameter in trained} == {CUDA}
-    finally:
-        dist.destroy_process_group()
