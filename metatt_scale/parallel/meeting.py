@@ -128,7 +128,7 @@ def join(
     options = group_options(device, size, cpu_tensors=cpu_tensors)
     store = _store(rank, size, timeout)
     if device.type == "cuda":
-        check_alone(store, rank, str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
+        check_alone(store, rank, _uuid(device))
     dist.init_process_group(rank=rank, world_size=size, timeout=timeout, store=store, **options)
     try:
         yield World(rank=rank, size=size, local_size=local_size, device=device)
@@ -137,6 +137,11 @@ def join(
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _uuid(device: torch.device) -> str:
+    """Return what identifies a GPU among all of all machines; "" where PyTorch does not say."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
 
 def check_alone(store: Store, rank: int, gpu: str) -> None:

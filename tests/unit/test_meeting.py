@@ -41,6 +41,7 @@ def group(monkeypatch):
     monkeypatch.setattr(distributed, "init_process_group", lambda **options: done.append(options))
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: done.append("destroyed"))
     monkeypatch.setattr(meeting, "_store", lambda *_: None)
+    monkeypatch.setattr(meeting, "_uuid", lambda _: "")
 
     def start(size, **options):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
