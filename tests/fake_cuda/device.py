@@ -8,6 +8,7 @@ reads of device values. It does not see kernels, streams, races, NCCL, or the fo
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, SimpleNamespace
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from tests.no_gpu import NO_GPU
 
 CUDA = torch.device("cuda", 0)
 
@@ -204,6 +207,9 @@ def fake_cuda() -> Iterator[FakeCuda]:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake)  # while torch says that there is no device: it would start one for `torch.tensor`
+        stack.enter_context(mock.patch.dict(os.environ))
+        for name in NO_GPU:  # which the tests set
+            os.environ.pop(name, None)
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))
