@@ -1,6 +1,6 @@
 """From a recipe to a frozen model, or to its module tree without weights.
 
-`load_backbone` gives a model whose linear layers are Linear, bitsandbytes Linear4bit or Linear8bitLt, or GPT-2's
+`load_backbone` gives a model whose linear layers are Linear, FrozenLinear4bit, bitsandbytes Linear8bitLt, or GPT-2's
 Conv1D, whole on one device or sharded by an engine, with nothing that asks for a gradient. `load_skeleton` gives the
 same module tree without any weights, for counting.
 """

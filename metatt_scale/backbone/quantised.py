@@ -81,6 +81,7 @@ def check_shardable(recipe: BackboneRecipe) -> None:
 def quantised_linear(linear: nn.Linear, recipe: BackboneRecipe, device: torch.device) -> nn.Linear:
     """Return the NF4, FP4 or int8 form of one linear, on the device."""
     bnb: Any = importlib.import_module("bitsandbytes")
+    from metatt_scale.backbone.linear4bit import FrozenLinear4bit
 
     shape, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
     weight = linear.weight.detach()
@@ -88,7 +89,7 @@ def quantised_linear(linear: nn.Linear, recipe: BackboneRecipe, device: torch.de
         if recipe.quantization == "int8":
             packed: nn.Linear = bnb.nn.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False, threshold=_OUTLIER)
         else:
-            packed = bnb.nn.Linear4bit(
+            packed = FrozenLinear4bit(
                 *shape,
                 bias=has_bias,
                 compute_dtype=weight.dtype,

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn.modules import Linear8bitLt, Params4bit
 from torch import nn
 
 import metatt_scale.backbone.quantised as quantised_module
 from metatt_scale.backbone import load_backbone, quantised_linear
+from metatt_scale.backbone.linear4bit import FrozenLinear4bit
 from metatt_scale.recipe import BackboneRecipe
 from tests.model.test_adapter import run_dense
 from tests.quantised import adapt, packed_model, quantise, recipe_of, same_bits, snapshot, wide_model
@@ -17,7 +18,7 @@ from tests.tiny import FLOAT32, relative, tiny_model, tokens
 from tests.toy import CPU
 
 pytestmark = pytest.mark.usefixtures("quiet_bitsandbytes")
-PACKED = {"nf4": Linear4bit, "fp4": Linear4bit, "int8": Linear8bitLt}
+PACKED = {"nf4": FrozenLinear4bit, "fp4": FrozenLinear4bit, "int8": Linear8bitLt}
 SETTINGS = [
     (quantization, double, storage)
     for quantization, double, storage in itertools.product(
@@ -123,7 +124,7 @@ def test_packing_layer_by_layer_gives_the_same_model(quantization, path, tmp_pat
     class Whole:
         def shard(self, unit):
             kinds = {type(module) for module in unit.modules() if isinstance(module, nn.Linear)}
-            assert kinds <= {Linear4bit} or unit.__class__ is nn.Linear
+            assert kinds <= {FrozenLinear4bit} or unit.__class__ is nn.Linear
 
         def finish(self, model):
             pass
