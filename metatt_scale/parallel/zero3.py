@@ -117,8 +117,16 @@ def zero3_config(
         accumulation: micro-batches of one optimizer step.
         dtype: of the backbone.
         world_size: number of ranks.
+
+    Raises:
+        ValueError: a setting under which gathered weights are not released.
     """
     config = copy.deepcopy(given or {"zero_optimization": {"stage": 3}})
+    if config.get("zero_optimization", {}).get("memory_efficient_linear") is False:
+        raise ValueError(
+            "zero_optimization.memory_efficient_linear is false, but PyTorch's own linear keeps a view of its weight "
+            "from forward to backward, so that no gathered weight would be released; remove that key"
+        )
     for name in _OURS:
         config.pop(name, None)
     for section, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):

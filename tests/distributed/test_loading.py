@@ -200,3 +200,8 @@ def test_deepspeed_values_come_from_the_recipe():
     assert config["zero_optimization"] == {"stage": 3, "overlap_comm": True} and "optimizer" not in config
     assert not config["bf16"]["enabled"] and "gradient_clipping" not in config
     assert json.dumps(given) == before
+
+
+def test_a_linear_that_keeps_gathered_weights_is_refused():
+    with pytest.raises(ValueError, match=r"zero_optimization\.memory_efficient_linear"):
+        config_of({"zero_optimization": {"stage": 3, "memory_efficient_linear": False}})
