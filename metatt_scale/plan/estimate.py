@@ -65,6 +65,7 @@ def _layout(recipe: Recipe, shape: ModelShape, layout: Layout) -> dict[str, Any]
         "gpus_per_node": layout.gpus_per_node,
         "strategy": layout.strategy,
         "ranks_per_copy": layout.sharers,
+        "values_fetched_ahead": layout.live if layout.strategy == "zero3" and layout.fetched else 0,
         "micro_batches_per_step": layout.micro_batches,
         "examples_per_micro_batch": layout.work.examples,
         "tokens_per_example": layout.work.tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +32,23 @@ class Layout:
     """Gathered layers are given back after their forward."""
     offload: bool
     """The shards live in host memory, or on a disk."""
-    kept: int
-    """Values that ZeRO-3 leaves gathered between uses, at most."""
+    live: int
+    """Values that ZeRO-3 has gathered when it stops fetching ahead."""
     fetched: int
-    """Values that ZeRO-3 fetches ahead."""
+    """Values that ZeRO-3 fetches ahead at once."""
+    small: int
+    """Tensors of at most so many values stay gathered under ZeRO-3."""
+    most_small: int
+    """Values of all tensors that stay gathered, at most."""
 
 
-_KEPT, _FETCHED = 10**9, 5 * 10**7
-"""DeepSpeed's defaults of stage3_max_live_parameters (and stage3_max_reuse_distance), stage3_prefetch_bucket_size."""
+_ZERO3 = {
+    "live": ("stage3_max_live_parameters", 10**9),
+    "fetched": ("stage3_prefetch_bucket_size", 5 * 10**7),
+    "small": ("stage3_param_persistence_threshold", 10**5),
+    "most_small": ("stage3_model_persistence_threshold", sys.maxsize),
+}
+"""Field of Layout -> key of `zero_optimization`, and DeepSpeed's default."""
 
 
 def lay_out(
@@ -77,8 +87,7 @@ def lay_out(
         ),
         reshard=parallel.reshard_after_forward or strategy == "zero3",
         offload=parallel.cpu_offload or offload_device({"zero_optimization": zero}) != "none",
-        kept=min(_values(zero, name, _KEPT) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")),
-        fetched=_values(zero, "stage3_prefetch_bucket_size", _FETCHED),
+        **{field: _values(zero, name, default) for field, (name, default) in _ZERO3.items()},
     )
 
 

@@ -134,11 +134,12 @@ def mlp_bytes(shape: ModelShape, work: Work, item: int) -> int:
     return 3 * item * work.rows * shape.inner
 
 
-def adapter_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
+def adapter_bytes(shape: ModelShape, work: Work, recipe: Recipe, strategy: str) -> int:
     """Return what the adapted linears of one layer keep: each distinct input x, and x A of R values a row.
 
     e N (sum of the widths of distinct inputs + R * number of distinct x A). Under sdpa the input of o_proj is the
-    attention's output, which is kept anyway. int8 layers keep every linear's input themselves.
+    attention's output, which is kept anyway. int8 layers keep every linear's input themselves, and so does the
+    function that DeepSpeed puts in the place of PyTorch's for unquantised linears under ZeRO-3.
     """
     item = ITEM_SIZE[recipe.backbone.dtype]
     inputs: dict[str, int] = {}
@@ -147,7 +148,7 @@ def adapter_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
     start = list(shape.spec.modes).index("input")
     shared = start == 0 or set(shape.spec.modes[:start]).isdisjoint({"layer", "projection"})
     projections = len(inputs) if shared else len(shape.target_map.projections)
-    if recipe.backbone.quantization == "int8":
+    if recipe.backbone.quantization == "int8" or _deepspeed_keeps_inputs(recipe, strategy):
         inputs = {
             "normed": shape.hidden,
             "attention": shape.query,
@@ -160,18 +161,22 @@ def adapter_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
     return item * work.rows * (sum(inputs.values()) + bond * projections)
 
 
+def _deepspeed_keeps_inputs(recipe: Recipe, strategy: str) -> bool:
+    return strategy == "zero3" and recipe.backbone.quantization == "none"
+
+
 def _input_name(shape: ModelShape, projection: int) -> str:
     path = shape.target_map.projections[projection]
     return _INPUT_OF.get(path.rpartition(".")[2], path)
 
 
-def layer_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
+def layer_bytes(shape: ModelShape, work: Work, recipe: Recipe, strategy: str) -> int:
     """Return what autograd keeps of one layer: 2 norms + attention + MLP + adapter.
 
     Generic: e N (outputs of all linears + Q) + 2 norms + attention weights (eager) + adapter.
     """
     item, attention = ITEM_SIZE[recipe.backbone.dtype], recipe.backbone.attention
-    adapter = adapter_bytes(shape, work, recipe)
+    adapter = adapter_bytes(shape, work, recipe, strategy)
     if shape.family == "llama":
         own = attention_bytes(shape, work, item, attention) + mlp_bytes(shape, work, item)
     else:
@@ -192,17 +197,19 @@ def checkpoint_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
     return item * work.rows * (3 * shape.hidden + shape.query + shape.inner)
 
 
-def backward_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
+def backward_bytes(shape: ModelShape, work: Work, recipe: Recipe, strategy: str) -> int:
     """Return what the backward pass of one layer needs at once on top of what the layer kept.
 
-    The largest of: in the MLP, gradients of gate, up and their product, 3 e N F + e N D; in its last matrix, unpacked
-    if it is quantised, e (N F + N D + D F); in eager attention, gradients of the softmax, 8 B H S^2 + e N (2 D + Q).
+    The largest of: in the MLP, gradients of gate, up and their product, 3 e N F + e N D (less e N F where DeepSpeed
+    kept the product as the last matrix's input, which is freed by then); in its last matrix, unpacked if it is
+    quantised, e (N F + N D + D F); in eager attention, gradients of the softmax, 8 B H S^2 + e N (2 D + Q).
     By then the MLP, its norm and the cast of the softmax are freed, but not where the layer was recomputed and the
     chain remembers its last projected input behind them.
     """
     item, n, d, f = ITEM_SIZE[recipe.backbone.dtype], work.rows, shape.hidden, shape.inner
     unpacked = item * shape.widest_linear if recipe.backbone.quantization != "none" else 0
-    moments = [item * n * (3 * f + d), item * n * (f + d) + unpacked]
+    kept = f if _deepspeed_keeps_inputs(recipe, strategy) else 0
+    moments = [item * n * (3 * f + d - kept), item * n * (f + d) + unpacked]
     if recipe.backbone.attention == "eager":
         freed = mlp_bytes(shape, work, item) + norm_bytes(shape, work) + square(shape, work) * (FP32 - item)
         softmax = 2 * FP32 * square(shape, work) + item * n * (2 * d + shape.query)
@@ -240,7 +247,7 @@ class ActivationBytes:
     """At the loss."""
 
 
-def activation_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> ActivationBytes:
+def activation_bytes(shape: ModelShape, work: Work, recipe: Recipe, strategy: str) -> ActivationBytes:
     """Return the activations of one micro-batch, with or without recomputation.
 
     Without: every layer from the first adapted one keeps its own; that one's first norm sees no gradient. With: every
@@ -252,7 +259,7 @@ def activation_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> Activatio
     positions = work.tokens if eager or recipe.training.packing is False else work.rows
     rotary = 2 * item * positions * math.ceil(shape.query / shape.heads)
     mask = item * work.examples * work.tokens**2 if eager else 0
-    one, extra = layer_bytes(shape, work, recipe), backward_bytes(shape, work, recipe)
+    one, extra = layer_bytes(shape, work, recipe, strategy), backward_bytes(shape, work, recipe, strategy)
     norm, logits = norm_bytes(shape, work), logit_bytes(shape, work, recipe)
     last = norm + rotary + mask
     layers = shape.layers - shape.target_map.layers[0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from metatt_scale.adapter.folding import ROOM, folding_pays
+from metatt_scale.plan.gathered import gathered_bytes
 from metatt_scale.plan.layout import Layout
 from metatt_scale.plan.memory import ActivationBytes, ChainBytes, activation_bytes, chain_bytes, head_bytes
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape
-from metatt_scale.plan.weights import WeightBytes, gather_bytes, weight_bytes
+from metatt_scale.plan.weights import WeightBytes, weight_bytes
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.reduce import TAIL
 
@@ -45,35 +46,11 @@ class MemoryBytes:
         return stays + self.phases[self.phase]
 
 
-def gathered_bytes(shape: ModelShape, recipe: Recipe, layout: Layout, phase: str) -> int:
-    """Return the gathered weights at their most in a phase.
-
-    FSDP2: the root and two of the unit that computes: its weights, and the buffer they are copied out of or the unit
-    fetched ahead. In the forward of the layers a third: the buffer before is held until the next is there. All units,
-    and two buffers in the forward, where none is given back. ZeRO-3 from the second step on: up to `kept` values
-    stay gathered (by default 10^9, so all of a smaller backbone), but at least the unit that computes, beside a
-    buffer of `fetched` values (by default 5 * 10^7).
-    """
-    if layout.sharers == 1:
-        return 0
-    sizes = [(u.kind, gather_bytes(u, recipe.backbone, layout.sharers, layout.strategy)) for u in shape.units]
-    everything = sum(size for _, size in sizes)
-    root = sum(size for kind, size in sizes if kind == "root")
-    computing = {"forward": "layer", "loss": "head"}.get(phase, phase)
-    unit = max((size for kind, size in sizes if kind == computing), default=0)
-    if layout.strategy == "zero3":
-        item = ITEM_SIZE[recipe.backbone.dtype]
-        return min(everything, max(item * layout.kept, unit)) + min(everything, item * layout.fetched)
-    if not layout.reshard:
-        return everything + (2 * unit if phase == "forward" else 0)
-    return root + (3 if phase == "forward" else 2) * unit
-
-
 def memory_bytes(shape: ModelShape, recipe: Recipe, layout: Layout) -> MemoryBytes:
     """Return the memory of the busiest rank, term by term."""
     work, item = layout.work, ITEM_SIZE[recipe.backbone.dtype]
     weights = weight_bytes(shape, recipe.backbone, ranks=layout.sharers, strategy=layout.strategy)
-    activations = activation_bytes(shape, work, recipe)
+    activations = activation_bytes(shape, work, recipe, layout.strategy)
     rows = recipe.training.batch_size * work.tokens
     whole = weight_bytes(shape, recipe.backbone)
     room = (whole.packed + whole.unquantised) // ROOM

@@ -121,12 +121,20 @@ def _memory(numbers: dict[str, Any]) -> Table:
     targets = layout["answer_tokens_per_example"]
     table.add_row("  logits", size(activations["logits"]), f"{targets} target{'s' if targets > 1 else ''} an example")
     if layout["ranks_per_copy"] > 1:
-        table.add_row("gathered at the peak", size(memory["gathered"]), "a unit, and the next or its buffer")
+        table.add_row("gathered at the peak", size(memory["gathered"]), _gathered_note(layout))
     table.add_row("peak", size(memory["peak"]), f"weights + chain + the largest phase: {memory['peak_at']}")
     fits = memory["largest_micro_batch"]
     remedy = "" if fits else "not even one fits: shard, quantise, or recompute (gradient_checkpointing)"
     table.add_row("largest micro-batch", f"{fits:,}", remedy or f"in {size(memory['limit'])}, nothing left over")
     return table
+
+
+def _gathered_note(layout: dict[str, Any]) -> str:
+    """Return what the gathered bytes are."""
+    if layout["strategy"] != "zero3":
+        return "a unit, and the next or its buffer"
+    ahead = layout["values_fetched_ahead"]
+    return f"DeepSpeed gathers up to {ahead:,} values ahead, see ds_configs/" if ahead else "one module at a time"
 
 
 def _wire(numbers: dict[str, Any]) -> Table:

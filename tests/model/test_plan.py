@@ -179,6 +179,11 @@ def test_a_deepspeed_file_is_read(capsys, tmp_path):
     zero = {"stage": 3, "stage3_max_live_parameters": 1e6, "stage3_prefetch_bucket_size": 0}
     sparing.write_text(json.dumps({"zero_optimization": zero}))
     assert memory(sparing)["gathered"] < usual["gathered"] / 10
+    for key, changes in [("stage3_max_reuse_distance", False), ("stage3_prefetch_bucket_size", True)]:
+        sparing.write_text(json.dumps({"zero_optimization": {"stage": 3, key: 0}}))
+        assert (memory(sparing)["gathered"] < usual["gathered"]) == changes, key
+    layout = planned(capsys, "--gpus-per-node", "4", "parallel.backbone=zero3")["layout"]
+    assert layout["values_fetched_ahead"] == 10**9
     sparing.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}))
     assert memory(sparing) == usual
     sparing.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "big"}}))

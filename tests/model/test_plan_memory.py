@@ -11,6 +11,7 @@ from metatt_scale.adapter import inject
 from metatt_scale.backbone import load_backbone
 from metatt_scale.benchmark.memory import held_bytes, peak_bytes
 from metatt_scale.data import IGNORE, Batch
+from metatt_scale.plan.gathered import always_gathered_bytes
 from metatt_scale.plan.layout import lay_out
 from metatt_scale.plan.memory import chain_bytes
 from metatt_scale.plan.peak import largest_micro_batch, memory_bytes
@@ -149,8 +150,8 @@ def whole_batch(model, recipe, work, device):
     return Batch(ids.view(1, -1), torch.ones_like(ids).view(1, -1), labels.view(1, -1), lengths)
 
 
-def measured_peak(model, recipe, layout):
-    """Most bytes that the second of two steps held at once above what was there before."""
+def measured_peak(model, recipe, layout, *, before=1):
+    """Most bytes that a step held at once above what was there before it, with so many steps before it."""
     chain = inject(model, recipe.adapter, 0, CPU)
     optimizer = make_optimizer(chain.cores, recipe.training)
     batch = whole_batch(model, recipe, layout.work, CPU)
@@ -161,16 +162,25 @@ def measured_peak(model, recipe, layout):
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
+    for _ in range(before):
+        step()
     gc.collect()  # what earlier tests left would be freed while the step is measured, and count as less than nothing
     return peak_bytes(step, CPU)
 
 
-def check(model, recipe, layout):
-    memory = memory_bytes(read_shape(recipe), recipe, layout)
+def measured_and_estimate(model, recipe, layout, **options):
+    """What a step added to what lay there before it, and what the plan says of that."""
+    shape = read_shape(recipe)
+    memory = memory_bytes(shape, recipe, layout)
     estimate = memory.phases[memory.phase] + memory.chain.factors + memory.chain.gradients
-    measured = measured_peak(model, recipe, layout)
+    estimate -= always_gathered_bytes(shape, recipe, layout)  # since the first step
+    measured = measured_peak(model, recipe, layout, **options)
     print(f"measured {measured:,} estimate {estimate:,} {estimate / measured - 1:+.1%} at {memory.phase}")
+    return measured, estimate
+
+
+def check(model, recipe, layout):
+    measured, estimate = measured_and_estimate(model, recipe, layout)
     assert estimate == pytest.approx(measured, rel=TOLERANCE)
 
 
