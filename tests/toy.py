@@ -118,7 +118,7 @@ def make_trainer(recipe: Recipe, dtype: torch.dtype | None = torch.float32, devi
     model = load_backbone(recipe.backbone, device, recipe.seed, classes=recipe.head_outputs, head=head)
     if dtype is not None:
         model = model.to(dtype)  # type: ignore[arg-type]
-    adapter = build_adapter(model, recipe, World(device=CPU))
+    adapter = build_adapter(model, recipe, World(device=device))
     if dtype is not None:
         adapter = adapter.to(dtype)
     return Trainer(

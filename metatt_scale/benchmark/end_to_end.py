@@ -77,10 +77,10 @@ def _run(
 ) -> list[dict[str, Any]]:
     """Let the loops take turns; return a row for each, with the seconds and tokens of its blocks that count."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    loops = {}
+    loops, there = {}, device if device.type == "cpu" else torch.device(device.type, 0)  # a loop sees one GPU
     for name in names:
         show(f"starting {name}")
-        loops[name] = LoopInTurns(contend, name, recipe, device, settings.block_steps)
+        loops[name] = LoopInTurns(contend, name, recipe, there, settings.block_steps)
     host = torch.device("cpu")  # each loop waits for its own device before it pauses
     for number, name in turns(names, settings.repeats, _WARM_UP_BLOCKS):
         show(f"{progress(number, settings.repeats)}: {name}")

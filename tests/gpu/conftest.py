@@ -24,6 +24,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cuda", 0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs remember of backbones goes with the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METATT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def in_full_precision(device: torch.device) -> Iterator[None]:
     """No TF32, and what a test has left to the device is done, or has failed, before the next one begins."""
@@ -33,14 +41,6 @@ def in_full_precision(device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """Kernels that sum in a fixed order; those that have no such form fail."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -45,7 +45,7 @@ def base_of(folder, device):
 
 def test_reopened(finished, device):
     folder, expected = finished
-    opened = reopen(folder / "run", quiet())
+    opened = reopen(folder / "run", quiet(), device)
     error = relative(logits_of(opened.model, device), expected)  # its products may come in another order
     print(f"reopened: {error:.1e}")
     assert error < FLOAT32
@@ -79,7 +79,7 @@ def test_merged_in_transformers(finished, device):
 def test_generation(finished, device):
     """With the adapter beside the weights, greedily: token by token what one forward of the whole text gives."""
     folder, _ = finished
-    model, prompt_BS = reopen(folder / "run", quiet()).model, tokens(length=12).to(device)
+    model, prompt_BS = reopen(folder / "run", quiet(), device).model, tokens(length=12).to(device)
     model.generation_config.eos_token_id = None  # 8 tokens in any case
     text_BT = model.generate(
         input_ids=prompt_BS,
