@@ -130,7 +130,9 @@ class _Invocation:
 
     def _tell_where(self) -> None:
         """Find the GPUs, and say what runs where."""
-        jobs, self._gpus = self._opened.study.jobs, visible_gpus(os.environ)
+        jobs = self._opened.study.jobs
+        if self._opened.device != "cpu":
+            self._gpus = visible_gpus(os.environ)
         gpus = f", on GPU{'s' * (len(self._gpus) > 1)} {', '.join(self._gpus)}" if self._gpus else ""
         self._console.print(
             f"{self._outlook()}; {jobs} at a time{gpus}, each with a log.txt below {self._opened.runs}"

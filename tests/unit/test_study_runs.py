@@ -85,6 +85,13 @@ def test_every_run_sees_one_gpu_and_the_study_says_which(tmp_path, monkeypatch):
     assert gpus == {"4", "MIG-5"}
 
 
+def test_a_study_on_the_cpu_speaks_of_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    path = write_study(tmp_path, monkeypatch, base=["device=cpu"], arms={"a": []}, seeds=[1])
+    code, said = study(path)
+    assert code == 0 and "GPU" not in said
+
+
 def test_the_best_is_one_with_the_ranks_of_the_last_evaluation(tmp_path, monkeypatch):
     """A sweep changes the ranks: a score of larger ones is no result of the small ones that a run ends with."""
     path = write_study(tmp_path, monkeypatch, seeds=[1])
