@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes import matmul_4bit
+from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable

@@ -67,6 +67,23 @@ def test_forward_and_gradient_of_the_input(rows, dtype, double, device):
 
 
 @DOUBLE
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_bits_are_those_of_bitsandbytes_own_layer(dtype, double, device):
+    """Few rows and many take different kernels."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    packed, weight_OI, _ = linear_of(device, dtype, double)
+    for rows in (1, 64, 2000):
+        x_NI = torch.randn(rows, weight_OI.shape[1]).to(device, dtype).requires_grad_()
+        found = []
+        for forward in (packed, lambda x: Linear4bit.forward(packed, x)):
+            y_NO = forward(x_NI)
+            found.append((y_NO, *torch.autograd.grad(y_NO.square().sum(), x_NI)))
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs), rows
+
+
+@DOUBLE
 def test_packed_weights_are_those_of_a_cpu(double, device):
     """But for ties: a weight between two levels may be rounded to either."""
     _, weight, original = linear_of(device, torch.float32, double)

@@ -132,7 +132,7 @@ def live_bytes(
     make_ready(model, False, CPU, quiet())
     always = always_gathered_bytes(read_shape(recipe), recipe, lay_out(recipe, world.size, world.size))
     resident = sum(p.untyped_storage().nbytes() for p in model.parameters()) if engine is None else always
-    gathered = Gathered(model)
+    gathered, between = Gathered(model), 0
     ids = torch.randint(2, 300, (1, 16), generator=torch.Generator().manual_seed(0))
     for _ in range(3):  # DeepSpeed fetches ahead from the third on
         gathered.seen()
