@@ -37,6 +37,7 @@ from metatt_scale.ending import (
 from metatt_scale.libraries import quiet_libraries
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
+from metatt_scale.process import set_process_defaults
 from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe, only_language_models
 from metatt_scale.report.command import add_report
 from metatt_scale.study.command import add_study
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         options = _parse(arguments)
+        set_process_defaults(os.environ)
         quiet_libraries()
         return options.run(options)
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from metatt_scale.gpus import showing, visible_gpus
+from metatt_scale.process import set_process_defaults
 from metatt_scale.versions import git_commit
 from tests.gpu.text import as_markdown
 
@@ -188,6 +189,7 @@ def check(parts: Sequence[Part], machine: dict[str, Any], out: Path, deadline: f
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     # Plugins that happen to be installed import other frameworks, which take GPU memory.
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    set_process_defaults(environment)  # as in the commands whose figures these are
     report: dict[str, Any] = {"machine": machine, "parts": []}
     with tempfile.TemporaryDirectory() as folder:
         for i, part in enumerate(parts):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,6 +13,7 @@ import yaml
 
 from metatt_scale import __version__, hardware
 from metatt_scale.cli import _evaluation_settings, main
+from metatt_scale.process import SPIN_COUNT
 from metatt_scale.recipe import EvaluationRecipe, load_recipe
 from metatt_scale.training import TrainingStopped, loop
 from tests.toy import metrics, snapshot, toy, write_toy
@@ -198,9 +200,9 @@ def test_evaluation_settings_are_the_recipes_with_the_options_laid_over(tmp_path
 
 @pytest.mark.slow
 def test_a_bad_recipe_is_told_before_anything_heavy_is_imported(recipe):
-    """Also through the launcher: it is the user's first contact."""
+    """Also through the launcher: it is the user's first contact. An import alone changes no variable."""
     code = (
-        "import sys\nfrom metatt_scale.cli import main\n"
+        "import os, sys\nbefore = dict(os.environ)\nfrom metatt_scale.cli import main\nassert os.environ == before\n"
         "code = main(['train', sys.argv[1], 'training.epochs=no'])\n"
         "print(code, [name for name in ('torch', 'transformers', 'accelerate', 'datasets') if name in sys.modules])"
     )
@@ -227,10 +229,17 @@ def test_a_process_ends_without_taking_the_interpreter_down():
 @pytest.mark.parametrize("name", ["train", "plan"])
 def test_launchers(recipe, name):
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), str(recipe), "training.max_steps=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_DISPLAY_ENV": "VERBOSE"}
+    for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        environment.pop(variable, None)
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=recipe.parent, env=environment)
     assert done.returncode == 0, done.stderr
     assert ("trainable parameters" if name == "plan" else "adapter: ") in done.stdout
+    # GNU's OpenMP prints what it has read when torch loads it.
+    shown = re.findall(
+        r"\nOPENMP DISPLAY ENVIRONMENT BEGIN\n.*?OPENMP DISPLAY ENVIRONMENT END\n", done.stderr, re.DOTALL
+    )
+    assert shown and all(f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in block for block in shown)
     if name == "train":
-        assert done.stderr == "", "nothing but progress, and that on stdout"
+        assert done.stderr == "".join(shown), "nothing but progress, and that on stdout"
         assert [line["step"] for line in metrics(recipe.parent / "run")] == [1, 2]

@@ -15,6 +15,7 @@ from metatt_scale.doctor.ask import Answer
 from metatt_scale.doctor.line import Line, lines_of, printable
 from metatt_scale.doctor.nvml import read_driver
 from metatt_scale.hardware import Gpu, Hardware
+from metatt_scale.process import SPIN_COUNT
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -396,7 +397,7 @@ def test_nccl_is_missed_only_by_several_gpus():
         ({"threads": 8}, {}, "ok"),
         ({"threads": 8, "busy": 0.2}, {}, "ok"),
         ({"threads": 8, "busy": 2.0}, {}, "warning"),
-        ({"threads": 8, "busy": 2.0}, {"GOMP_SPINCOUNT": "1000"}, "ok"),
+        ({"threads": 8, "busy": 2.0}, {"GOMP_SPINCOUNT": SPIN_COUNT}, "ok"),  # as commands set it
         ({"threads": 8, "busy": 2.0}, {"OMP_WAIT_POLICY": "PASSIVE"}, "ok"),
         ({"threads": 8, "busy": 2.0}, {"OMP_WAIT_POLICY": "ACTIVE"}, "warning"),
         ({"threads": 4, "busy": 2.0}, {"OMP_NUM_THREADS": "4"}, "ok"),

@@ -140,16 +140,20 @@ def test_fsdp_files_reach_the_toolkit(monkeypatch):
     "name", ["replicate.yaml", "zero3.yaml"]
 )  # tests/distributed/test_two_hosts.py has the others
 def test_accelerate_launch_starts_as_many_ranks_as_asked_for(name, tmp_path):
-    """Also on a host without GPUs, and with the signs from which the toolkit takes the strategy."""
+    """Also on a host without GPUs, and with the signs from which the toolkit takes the strategy.
+
+    In their processes torch is not loaded yet: what a command sets before it loads torch takes effect there too.
+    """
     path = ROOT / "launch" / "accelerate" / name
     script = tmp_path / "show.py"
     script.write_text(
         "import os, pathlib, sys\n"
+        "loaded = str('torch' in sys.modules)\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from metatt_scale.parallel.launcher import read_launch\n"
         "from metatt_scale.recipe import ParallelRecipe\n"
         "env = os.environ\n"
-        "told = [env['RANK'], env['WORLD_SIZE'], read_launch(ParallelRecipe()).strategy]\n"
+        "told = [env['RANK'], env['WORLD_SIZE'], read_launch(ParallelRecipe()).strategy, loaded]\n"
         f"pathlib.Path({str(tmp_path)!r}, 'rank' + env['RANK']).write_text(' '.join(told))\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(path)]
@@ -160,7 +164,7 @@ def test_accelerate_launch_starts_as_many_ranks_as_asked_for(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     strategy = STRATEGY[name] or "replicate"
-    assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == [f"{r} 2 {strategy}" for r in (0, 1)]
+    assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == [f"{r} 2 {strategy} False" for r in (0, 1)]
 
 
 # ---- READMEs and scripts
