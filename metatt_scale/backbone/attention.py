@@ -1,11 +1,13 @@
 """Which attention a model computes with, and attention over examples that are packed into one row.
 
-A packed micro-batch is one row of T tokens, its examples one after the other. Everything in a model but attention
-works on that row as it is. Attention must not reach from one example into another: flash-attn takes the boundaries as
-they are; for SDPA the queries, keys and values are spread over one row per example, in every layer, and its output is
-gathered again. No mask of T x T is ever made.
+A packed micro-batch is one row of W tokens: its examples one after the other, T tokens, and what fills the row up.
+Everything in a model but attention works on that row as it is. Attention must not reach from one example into
+another: flash-attn takes the boundaries as they are, and what fills the row up for further examples; for SDPA the
+queries, keys and values are spread over one row per example, in every layer, and its output is gathered again, zero
+where the row was filled up. No mask of W x W is ever made.
 
-Shape legend: T tokens of the row, B examples, S tokens of the longest example, N = B S, H heads, d head width.
+Shape legend: W tokens of the row, T of examples, B examples, S tokens of the longest example, rounded up, N = B S,
+H heads, d head width.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 from metatt_scale.backbone.cpu_attention import attend_each, causal_mask
 from metatt_scale.device import to_device
+from metatt_scale.shapes import round_up
 
 PACKED_SDPA = "metatt_packed_sdpa"
 """The name under which transformers finds `packed_sdpa`."""
@@ -82,22 +85,37 @@ def forbid_packing(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def packed_arguments(model: PreTrainedModel, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+def packed_arguments(
+    model: PreTrainedModel, lengths: Sequence[int], width: int, device: torch.device
+) -> dict[str, Any]:
     """Return what a model's forward needs beside `input_ids` for one row of examples with these lengths.
 
-    `position_ids` start at 0 in every example. flash-attn gets transformers' own arguments for packed rows. All of it
-    is computed on the host, so that no layer asks the device for a length.
+    `position_ids` start at 0 in every example, and stay there in what fills the row up: no position is beyond those
+    of the examples, which the model is known to take. flash-attn gets transformers' own arguments for packed rows.
+    All of it is computed on the host, so that no layer asks the device for a length.
+
+    Args:
+        model: that `allow_packing` has let take packed rows.
+        lengths: of the examples.
+        width: W, tokens of the row; what is behind the last example fills the row up.
+        device: where the model computes.
     """
-    boundaries = torch.tensor([0, *lengths]).cumsum(0)
-    position_ids = to_device(torch.cat([torch.arange(length) for length in lengths])[None], device)
+    rest = width - sum(lengths)
+    positions_W = torch.cat([*(torch.arange(length) for length in lengths), torch.zeros(rest, dtype=torch.int64)])
+    position_ids = to_device(positions_W[None], device)
     if model.config._attn_implementation != PACKED_SDPA:
-        ends, longest = to_device(boundaries.int(), device), max(lengths)
+        # With the rest of the row: for tokens of no segment flash-attn returns memory that nothing has written.
+        longest = max(lengths)
+        whole, part = divmod(rest, longest)
+        segments = [*lengths, *[longest] * whole, *([part] if part else [])]
+        ends = to_device(torch.tensor([0, *segments]).cumsum(0).int(), device)
         ends_and_lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         return {"position_ids": position_ids, **ends_and_lengths, "max_length_q": longest, "max_length_k": longest}
-    # Seeing positions that start anew, transformers would make a mask of T x T. A mask of four axes it passes on as
+    # Seeing positions that start anew, transformers would make a mask of W x W. A mask of four axes it passes on as
     # it is, and `packed_sdpa` does not look at it.
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    return {"position_ids": position_ids, "attention_mask": unused, "packing": Packing(lengths, device)}
+    packing = Packing(lengths, width, device)
+    return {"position_ids": position_ids, "attention_mask": unused, "packing": packing}
 
 
 @contextlib.contextmanager
@@ -134,11 +152,12 @@ def padding_mask(model: PreTrainedModel, attention_mask_BS: Tensor, device: torc
 class Packing:
     """Where the tokens of a packed row stand when every example has a row of its own; for all layers of a batch."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
         """Compute the indices on the host and send them to `device`."""
-        self.lengths = tuple(lengths)
-        self.examples, self.longest = len(lengths), max(lengths)
-        self._equal = all(length == self.longest for length in lengths)
+        self.lengths, self.width = tuple(lengths), width
+        self.examples, longest = len(lengths), max(lengths)
+        self._equal = all(length == longest for length in lengths)
+        self.longest = longest if self._equal else round_up(longest)
         self._windows: dict[int, Tensor] = {}
         self._added: dict[tuple[int | None, torch.dtype], Tensor] = {}
         if not self._equal:
@@ -151,16 +170,22 @@ class Packing:
             self._rows_N = to_device(rows_BS.flatten(), device)
             self._places_T = to_device(places_T, device)
 
-    def spread(self, x_1HTd: Tensor) -> Tensor:
+    def spread(self, x_1HWd: Tensor) -> Tensor:
         """Return (B, H, S, d), every example in a row of its own; a view where all are of one length."""
-        x_THd = x_1HTd.transpose(1, 2).flatten(0, 1)
-        x_NHd = x_THd if self._equal else _Spread.apply(x_THd, self._rows_N, self._places_T)
+        x_WHd = x_1HWd.transpose(1, 2).flatten(0, 1)
+        if self._equal:
+            x_NHd = x_WHd[: self.examples * self.longest]
+        else:
+            x_NHd = _Spread.apply(x_WHd, self._rows_N, self._places_T)
         return x_NHd.unflatten(0, (self.examples, self.longest)).transpose(1, 2)
 
     def gather(self, x_BSHd: Tensor) -> Tensor:
-        """Return (1, T, H, d), padding left out."""
+        """Return (1, W, H, d), padding left out, and zeros where the row is filled up."""
         x_NHd = x_BSHd.flatten(0, 1)
-        return (x_NHd if self._equal else _Gather.apply(x_NHd, self._places_T))[None]
+        if self._equal:
+            rest = self.width - len(x_NHd)
+            return (nn.functional.pad(x_NHd, (0, 0, 0, 0, 0, rest)) if rest else x_NHd)[None]
+        return _Gather.apply(x_NHd, self._places_T, self.width)[None]
 
     def window(self, reach: int | None, device: torch.device) -> Tensor | None:
         """Return the (1, 1, S, S) mask of causal attention to the last `reach` tokens; None where all are seen."""
@@ -175,7 +200,7 @@ class Packing:
     def added_mask(self, reach: int | None, dtype: torch.dtype) -> Tensor:
         """Return the (S, S) mask for `attend_each`, made once per batch."""
         if (reach, dtype) not in self._added:
-            self._added[reach, dtype] = causal_mask(self.longest, reach, dtype)
+            self._added[reach, dtype] = causal_mask(round_up(self.longest), reach, dtype)
         return self._added[reach, dtype]
 
 
@@ -201,7 +226,7 @@ def packed_sdpa(
 
     Args:
         module: the layer's attention.
-        query: (B, H, S, d), or (1, H, T, d) of a packed row.
+        query: (B, H, S, d), or (1, H, W, d) of a packed row.
         key: the same, perhaps of fewer heads.
         value: the same as `key`.
         attention_mask: of rows that are not packed.
@@ -213,7 +238,7 @@ def packed_sdpa(
         options: what else transformers passes on.
 
     Returns:
-        (B, S, H, d), or (1, T, H, d); and no weights.
+        (B, S, H, d), or (1, W, H, d); and no weights.
     """
     if packing is None:
         return sdpa_attention_forward(
@@ -251,36 +276,45 @@ class _Spread(torch.autograd.Function):
     """Rows of a packed row's tokens, padding filled with repetitions.
 
     The backward only picks, where that of `index_select` would add with atomics: what the repetitions get is exactly
-    zero, as no token's output depends on them.
+    zero, as no token's output depends on them. So does what fills the row up, which is not picked.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_THd: Tensor, rows_N: Tensor, places_T: Tensor) -> Tensor:
+    def forward(ctx: Any, x_WHd: Tensor, rows_N: Tensor, places_T: Tensor) -> Tensor:
         ctx.save_for_backward(places_T)
-        return x_THd.index_select(0, rows_N)
+        ctx.width = x_WHd.shape[0]
+        return x_WHd.index_select(0, rows_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NHd: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (places_T,) = ctx.saved_tensors
-        return gradient_NHd.index_select(0, places_T), None, None
+        return _picked(gradient_NHd, places_T, ctx.width), None, None
 
 
 class _Gather(torch.autograd.Function):
     """The tokens of a packed row out of the padded rows of its examples; padding gets a zero gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_NHd: Tensor, places_T: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NHd: Tensor, places_T: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(places_T)
         ctx.rows = x_NHd.shape[0]
-        return x_NHd.index_select(0, places_T)
+        return _picked(x_NHd, places_T, width)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_THd: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_WHd: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (places_T,) = ctx.saved_tensors
-        gradient_NHd = gradient_THd.new_zeros(ctx.rows, *gradient_THd.shape[1:])
-        return gradient_NHd.index_copy_(0, places_T, gradient_THd), None
+        gradient_NHd = gradient_WHd.new_zeros(ctx.rows, *gradient_WHd.shape[1:])
+        return gradient_NHd.index_copy_(0, places_T, gradient_WHd[: len(places_T)]), None, None
+
+
+def _picked(x_NHd: Tensor, places_T: Tensor, width: int) -> Tensor:
+    """Return (W, H, d): the rows at these places, then zeros."""
+    x_WHd = x_NHd.new_empty(width, *x_NHd.shape[1:])
+    torch.index_select(x_NHd, 0, places_T, out=x_WHd[: len(places_T)])
+    x_WHd[len(places_T) :].zero_()
+    return x_WHd
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)

@@ -2,80 +2,85 @@
 
 PyTorch's CPU kernel of `scaled_dot_product_attention` is made for long sequences; in bf16 its backward takes most of
 a short example's attention. Here the scores of one example stand in the cache, each product is one `bmm`, heads that
-share a key are one matrix, and nothing is padded. The backward makes the probabilities again, so that no more is kept
-than queries, keys and values.
+share a key are one matrix, and nothing is copied to pad it. The backward makes the probabilities again, so that no
+more is kept than queries, keys and values.
 
     o = softmax(scale q k^T) v,   token i sees tokens j with 0 <= i - j < window
 
-Shape legend: T tokens of the row, S tokens of one example, H heads, K key heads, G = H / K heads of a key, d head
-width, R = G S.
+The products of an example take in some tokens behind it, so that they are of few sizes (`round_up`). Its own tokens
+do not see those behind them, whose outputs are not used and whose gradients are zero.
+
+Shape legend: W tokens of the row, S tokens of one example, rounded up, H heads, K key heads, G = H / K heads of a
+key, d head width, R = G S.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from metatt_scale.shapes import round_up
 
 
 class _AttendEach(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, mask_SS: Tensor, lengths: Sequence[int], scale: float
+        ctx: Any, q_HWd: Tensor, k_KWd: Tensor, v_KWd: Tensor, mask_SS: Tensor, lengths: Sequence[int], scale: float
     ) -> Tensor:
-        ctx.save_for_backward(q_HTd, k_KTd, v_KTd, mask_SS)
+        ctx.save_for_backward(q_HWd, k_KWd, v_KWd, mask_SS)
         ctx.rest = lengths, scale
-        out_THd = q_HTd.new_empty(q_HTd.shape[1], q_HTd.shape[0], q_HTd.shape[2])
-        heads = k_KTd.shape[0]
-        start = 0
-        for length in lengths:
-            here = slice(start, start + length)
-            q_KRd, k_KSd, v_KSd = _rows(q_HTd[:, here], heads), k_KTd[:, here], v_KTd[:, here]
-            o_KRd = torch.bmm(_probabilities(q_KRd, k_KSd, mask_SS, scale), v_KSd)
-            out_THd[here] = o_KRd.view(q_HTd.shape[0], length, -1).transpose(0, 1)
-            start += length
-        return out_THd
+        out_WHd = q_HWd.new_empty(q_HWd.shape[1], q_HWd.shape[0], q_HWd.shape[2])
+        heads = k_KWd.shape[0]
+        for start, end, size in _places(lengths):
+            q_HSd, k_KSd, v_KSd = (_part(x, start, size) for x in (q_HWd, k_KWd, v_KWd))
+            o_KRd = torch.bmm(_probabilities(_rows(q_HSd, heads), k_KSd, mask_SS, scale), v_KSd)
+            out_WHd[start:end] = o_KRd.view(q_HSd.shape)[:, : end - start].transpose(0, 1)
+        out_WHd[sum(lengths) :].zero_()
+        return out_WHd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_HTd, k_KTd, v_KTd, mask_SS = ctx.saved_tensors
+        q_HWd, k_KWd, v_KWd, mask_SS = ctx.saved_tensors
         lengths, scale = ctx.rest
-        do_HTd = grads[0].transpose(0, 1)
-        dq_HTd, dk_KTd, dv_KTd = _like_tokens(q_HTd), _like_tokens(k_KTd), _like_tokens(v_KTd)
-        heads = k_KTd.shape[0]
-        start = 0
-        for length in lengths:
-            here = slice(start, start + length)
-            q_KRd, k_KSd, v_KSd = _rows(q_HTd[:, here], heads), k_KTd[:, here], v_KTd[:, here]
-            do_KRd = _rows(do_HTd[:, here], heads)
+        do_HWd = grads[0].transpose(0, 1)
+        gradients = _like_tokens(q_HWd), _like_tokens(k_KWd), _like_tokens(v_KWd)
+        heads = k_KWd.shape[0]
+        for start, end, size in _places(lengths):
+            q_HSd, k_KSd, v_KSd = (_part(x, start, size) for x in (q_HWd, k_KWd, v_KWd))
+            q_KRd = _rows(q_HSd, heads)
+            do_KRd = _rows(F.pad(do_HWd[:, start:end], (0, 0, 0, start + size - end)), heads)
             p_KRS = _probabilities(q_KRd, k_KSd, mask_SS, scale)
-            dv_KTd[:, here] = torch.bmm(p_KRS.mT, do_KRd)
+            dv_KSd = torch.bmm(p_KRS.mT, do_KRd)
             dp_KRS = torch.bmm(do_KRd, v_KSd.mT)
             ds_KRS = torch.ops.aten._softmax_backward_data(dp_KRS, p_KRS, -1, p_KRS.dtype).mul_(scale)
-            dq_HTd[:, here] = torch.bmm(ds_KRS, k_KSd).view(-1, length, q_HTd.shape[2])
-            dk_KTd[:, here] = torch.bmm(ds_KRS.mT, q_KRd)
-            start += length
-        return dq_HTd, dk_KTd, dv_KTd, None, None, None
+            dq_HSd, dk_KSd = torch.bmm(ds_KRS, k_KSd).view(q_HSd.shape), torch.bmm(ds_KRS.mT, q_KRd)
+            for of_row, of_part in zip(gradients, (dq_HSd, dk_KSd, dv_KSd), strict=True):
+                of_row[:, start:end] = of_part[:, : end - start]
+        for of_row in gradients:
+            of_row[:, sum(lengths) :].zero_()
+        return *gradients, None, None, None
 
 
 def attend_each(
-    q_HTd: Tensor, k_KTd: Tensor, v_KTd: Tensor, lengths: Sequence[int], mask_SS: Tensor, scale: float
+    q_HWd: Tensor, k_KWd: Tensor, v_KWd: Tensor, lengths: Sequence[int], mask_SS: Tensor, scale: float
 ) -> Tensor:
-    """Return causal attention within each example of a packed row, (T, H, d).
+    """Return causal attention within each example of a packed row, (W, H, d), and zeros behind the last one.
 
     Args:
-        q_HTd: queries.
-        k_KTd: keys; K divides H, and heads h with the same h // (H / K) share one.
-        v_KTd: values.
+        q_HWd: queries.
+        k_KWd: keys; K divides H, and heads h with the same h // (H / K) share one.
+        v_KWd: values.
         lengths: tokens of the examples, in the order of the row.
-        mask_SS: from `causal_mask`, for the longest example.
+        mask_SS: from `causal_mask`, for the longest example, rounded up.
         scale: of the scores.
     """
-    return _AttendEach.apply(q_HTd, k_KTd, v_KTd, mask_SS, lengths, scale)  # type: ignore[return-value]
+    return _AttendEach.apply(q_HWd, k_KWd, v_KWd, mask_SS, lengths, scale)  # type: ignore[return-value]
 
 
 def causal_mask(length: int, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -90,14 +95,29 @@ def causal_mask(length: int, window: int | None, dtype: torch.dtype) -> Tensor:
     return torch.zeros(length, length, dtype=dtype).masked_fill_(~seen_SS, float("-inf"))
 
 
+def _places(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield of each example its first token in the row, the token behind its last, and its length rounded up."""
+    start = 0
+    for length in lengths:
+        yield start, start + length, round_up(length)
+        start += length
+
+
+def _part(x_HWd: Tensor, start: int, size: int) -> Tensor:
+    """Return this many tokens of the row: a view, or a copy with zeros where the row ends before."""
+    part = x_HWd[:, start : start + size]
+    missing = size - part.shape[1]
+    return F.pad(part, (0, 0, 0, missing)) if missing else part
+
+
 def _rows(x_HSd: Tensor, heads: int) -> Tensor:
     """Return the queries of all heads that share a key as one matrix, (K, R, d)."""
     return x_HSd.reshape(heads, -1, x_HSd.shape[2])
 
 
-def _like_tokens(x_HTd: Tensor) -> Tensor:
+def _like_tokens(x_HWd: Tensor) -> Tensor:
     """Return memory of this shape that is contiguous by token, as the projections before attention want it."""
-    return x_HTd.new_empty(x_HTd.shape[1], x_HTd.shape[0], x_HTd.shape[2]).transpose(0, 1)
+    return x_HWd.new_empty(x_HWd.shape[1], x_HWd.shape[0], x_HWd.shape[2]).transpose(0, 1)
 
 
 def _probabilities(q_KRd: Tensor, k_KSd: Tensor, mask_SS: Tensor, scale: float) -> Tensor:

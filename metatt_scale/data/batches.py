@@ -4,7 +4,7 @@ The global order is a pure function of (seed, step): a resumed run needs the ste
 world size knows each global batch without asking the others.
 
 Shape letters: B examples of a micro-batch, S tokens of its longest example, rounded up. Packed, all of them stand in
-one row: B is 1 and S is the sum of their lengths.
+one row: B is 1 and S is the sum of their lengths, rounded up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from metatt_scale.data.tokens import IGNORE, TokenTable
+from metatt_scale.shapes import round_up
 
 Indices = NDArray[np.int64]
 
@@ -39,7 +40,8 @@ class Batch(NamedTuple):
     labels_BS: torch.Tensor
     """int64, the token at the same position where it is to be predicted (not shifted), else `IGNORE`."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of each example, in the order of the row, where the examples are packed; None where they are padded."""
+    """Tokens of each example, in the order of the row, where the examples are packed; None where they are padded.
+    The row may be longer than their sum: the tokens behind the last example belong to none."""
     segments_BS: torch.Tensor | None = None
     """int64, 1 where a token is of the second sentence of a pair; of labelled examples only."""
     classes_B: torch.Tensor | None = None
@@ -184,9 +186,9 @@ def micro_batches(
     parts = deal(table.lengths, indices, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
     for part in parts:
         if not len(part):
-            yield _filler(table, int(indices[0]), packed)
+            yield _filler(table, int(indices[0]), pad_token_id, packed)
         else:
-            yield pack(table, part) if packed else collate(table, part, pad_token_id)
+            yield pack(table, part, pad_token_id) if packed else collate(table, part, pad_token_id)
 
 
 def collate(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: int) -> Batch:
@@ -228,36 +230,57 @@ def _segments(table: TokenTable, indices: Sequence[int] | Indices, shape: tuple[
     return torch.from_numpy(segments_BS)
 
 
-def pack(table: TokenTable, indices: Sequence[int] | Indices) -> Batch:
-    """Put examples one after the other into one row, without padding."""
+def pack(table: TokenTable, indices: Sequence[int] | Indices, pad_token_id: int) -> Batch:
+    """Put examples one after the other into one row, and fill it up to one of few widths (`round_up`).
+
+    The sum of the lengths is hardly ever the same twice. The tokens that fill a row up are no example's: they have no
+    labels and no mask, and no example attends to them.
+    """
     examples = [table.example(int(index)) for index in indices]
     input_ids_S = np.concatenate([tokens for tokens, _ in examples])
     labels_S = np.where(np.concatenate([flags for _, flags in examples]), input_ids_S, IGNORE)
     lengths = tuple(len(tokens) for tokens, _ in examples)
     # What stands before the first token of an example is another example: nothing to predict it from.
     labels_S[np.cumsum((0, *lengths[:-1]))] = IGNORE
-    input_ids_BS = torch.from_numpy(input_ids_S)[None]
-    batch = Batch(input_ids_BS, torch.ones_like(input_ids_BS), torch.from_numpy(labels_S)[None], lengths)
+    tasks_S = None
     if table.tasks is not None:
         tasks_S = np.repeat(table.tasks[np.asarray(indices)].astype(np.int64), lengths)
-        batch = batch._replace(tasks_BS=torch.from_numpy(tasks_S)[None])
-    return batch
+    return _filled_up(input_ids_S, labels_S, lengths, tasks_S, pad_token_id)
 
 
-def _filler(table: TokenTable, index: int, packed: bool) -> Batch:
+def _filled_up(
+    input_ids_S: Indices, labels_S: Indices, lengths: tuple[int, ...], tasks_S: Indices | None, pad_token_id: int
+) -> Batch:
+    rest = round_up(len(input_ids_S)) - len(input_ids_S)
+
+    def row(values_S: Indices, value: int) -> torch.Tensor:
+        return torch.from_numpy(np.pad(values_S, (0, rest), constant_values=value))[None]
+
+    return Batch(
+        row(input_ids_S, pad_token_id),
+        row(np.ones_like(input_ids_S), 0),
+        row(labels_S, IGNORE),
+        lengths,
+        tasks_BS=None if tasks_S is None else row(tasks_S, 0),  # of any task: they add nothing to its gradient
+    )
+
+
+def _filler(table: TokenTable, index: int, pad_token_id: int, packed: bool) -> Batch:
     if table.labelled:
         batch = collate(table, [index], 0)
         return batch._replace(
             classes_B=None if batch.classes_B is None else torch.full_like(batch.classes_B, IGNORE),
             values_B=None if batch.values_B is None else torch.full_like(batch.values_B, math.nan),
         )
-    tokens, _ = table.example(index)
-    input_ids_BS = torch.from_numpy(tokens[:_FILLER_TOKENS])[None]
-    labels_BS = torch.full_like(input_ids_BS, IGNORE)
-    lengths = (input_ids_BS.shape[1],) if packed else None
+    input_ids_S = table.example(index)[0][:_FILLER_TOKENS]
+    labels_S = np.full_like(input_ids_S, IGNORE)
     # Of any task: it adds nothing to its gradient.
+    if packed:
+        tasks_S = None if table.tasks is None else np.zeros_like(input_ids_S)
+        return _filled_up(input_ids_S, labels_S, (len(input_ids_S),), tasks_S, pad_token_id)
     tasks_BS = None if table.tasks is None else torch.zeros(1, 1, dtype=torch.int64)
-    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), labels_BS, lengths, tasks_BS=tasks_BS)
+    input_ids_BS = torch.from_numpy(input_ids_S)[None]
+    return Batch(input_ids_BS, torch.ones_like(input_ids_BS), torch.from_numpy(labels_S)[None], tasks_BS=tasks_BS)
 
 
 def _permutation(n: int, *key: int) -> Indices:

@@ -84,6 +84,7 @@ def lay_out(
             examples=examples or math.ceil(training.batch_size / (rounds * ranks)),
             tokens=tokens,
             answers=most if answers is None else min(answers, most),
+            packed=not recipe.classifier and training.packing is not False and recipe.backbone.attention != "eager",
         ),
         reshard=parallel.reshard_after_forward or strategy == "zero3",
         offload=parallel.cpu_offload or offload_device({"zero_optimization": zero}) != "none",

@@ -20,6 +20,7 @@ import torch
 from metatt_scale.adapter.modes import factors
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape
 from metatt_scale.recipe import Recipe
+from metatt_scale.shapes import round_up
 from metatt_scale.training.loss import chunk_rows
 
 FP32 = 4
@@ -36,11 +37,14 @@ class Work:
     """Of each example."""
     answers: int
     """Positions per example whose next token is a target."""
+    packed: bool
+    """The examples stand in one row."""
 
     @property
     def rows(self) -> int:
-        """Rows N = B S of every activation."""
-        return self.examples * self.tokens
+        """Rows N of every activation: B S, rounded up where the examples are packed."""
+        rows = self.examples * self.tokens
+        return round_up(rows) if self.packed else rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +225,10 @@ def backward_bytes(shape: ModelShape, work: Work, recipe: Recipe, strategy: str)
 def logit_bytes(shape: ModelShape, work: Work, recipe: Recipe) -> int:
     """Return what the head needs at once to give the loss of T = B A targets (all positions: A = S - 1).
 
-    Hidden states e N D, the gradient of those of the targets e T D, and of one chunk of C targets (training/loss.py)
-    hidden states e C D, logits in fp32 4 C V, and in the backbone's dtype e C V (e < 4).
+    Hidden states e N D, the gradient of those of the targets, rounded up, e T D, and of one chunk of C targets
+    (training/loss.py) hidden states e C D, logits in fp32 4 C V, and in the backbone's dtype e C V (e < 4).
     """
-    item, targets = ITEM_SIZE[recipe.backbone.dtype], work.examples * work.answers
+    item, targets = ITEM_SIZE[recipe.backbone.dtype], round_up(work.examples * work.answers)
     chunk = min(targets, chunk_rows(shape.vocabulary))
     logits = (FP32 + (item if item < FP32 else 0)) * chunk * shape.vocabulary
     return item * shape.hidden * (work.rows + targets + chunk) + logits
@@ -256,7 +260,7 @@ def activation_bytes(shape: ModelShape, work: Work, recipe: Recipe, strategy: st
     2 e N (D / H); and under eager attention, which packs nothing, the mask e B S^2.
     """
     item, eager = ITEM_SIZE[recipe.backbone.dtype], recipe.backbone.attention == "eager"
-    positions = work.tokens if eager or recipe.training.packing is False else work.rows
+    positions = work.rows if work.packed else work.tokens
     rotary = 2 * item * positions * math.ceil(shape.query / shape.heads)
     mask = item * work.examples * work.tokens**2 if eager else 0
     one, extra = layer_bytes(shape, work, recipe, strategy), backward_bytes(shape, work, recipe, strategy)

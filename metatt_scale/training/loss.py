@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from metatt_scale.backbone.attention import packed_arguments
 from metatt_scale.data import IGNORE, Batch
 from metatt_scale.device import to_device
+from metatt_scale.shapes import round_up
 
 CHUNK_BYTES = 1 << 27
 """fp32 logits that exist at once where the output head gives the loss; a narrower copy comes beside them."""
@@ -47,7 +48,7 @@ def token_loss_sum(
     wanted = _wanted(batch)
     arguments: dict[str, Any] = {"input_ids": to_device(batch.input_ids_BS, device), "use_cache": False}
     if batch.lengths is not None:
-        arguments |= packed_arguments(model, batch.lengths, device)
+        arguments |= packed_arguments(model, batch.lengths, batch.input_ids_BS.shape[1], device)
     targets_T, weights_T = to_device(wanted.targets_T, device), None
     if weights_K is not None:
         assert batch.tasks_BS is not None
@@ -179,29 +180,35 @@ class _LossOfHidden(torch.autograd.Function):
         targets_T: Tensor,
         weights_T: Tensor | None,
     ) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient_TD = hidden_ND.new_empty(len(rows_T) if wants_gradient else 0, hidden_ND.shape[1])
+        wants_gradient, n = ctx.needs_input_grad[0], len(rows_T)
+        # Rounded up by repeating row 0, whose loss and gradient are not counted again.
+        rest = round_up(n) - n
+        rows_R, targets_R = F.pad(rows_T, (0, rest)), F.pad(targets_T, (0, rest))
+        weights_R = None if weights_T is None else F.pad(weights_T, (0, rest))
+        gradient_RD = hidden_ND.new_empty(n + rest if wants_gradient else 0, hidden_ND.shape[1])
         chunk = chunk_rows(weight_VD.shape[0])
         loss = torch.zeros((), dtype=_at_least_fp32(hidden_ND), device=hidden_ND.device)
-        for start in range(0, len(rows_T), chunk):
+        for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            logits_CV = F.linear(hidden_ND[rows_T[part]], weight_VD, bias_V).to(loss.dtype)
-            loss_C, softmax_CV = _loss_and_softmax(logits_CV, targets_T[part])
+            logits_CV = F.linear(hidden_ND[rows_R[part]], weight_VD, bias_V).to(loss.dtype)
+            loss_C, softmax_CV = _loss_and_softmax(logits_CV, targets_R[part])
+            loss_C = loss_C[: n - start]
             loss += loss_C.sum() if weights_T is None else loss_C @ weights_T[part].to(loss_C.dtype)
             if wants_gradient:
-                softmax_CV.scatter_add_(1, targets_T[part, None], -torch.ones_like(softmax_CV[:, :1]))
-                if weights_T is not None:
-                    softmax_CV.mul_(weights_T[part, None])
-                torch.mm(softmax_CV.to(weight_VD.dtype), weight_VD, out=gradient_TD[part])
+                softmax_CV.scatter_add_(1, targets_R[part, None], -torch.ones_like(softmax_CV[:, :1]))
+                if weights_R is not None:
+                    softmax_CV.mul_(weights_R[part, None])
+                torch.mm(softmax_CV.to(weight_VD.dtype), weight_VD, out=gradient_RD[part])
             del logits_CV, softmax_CV  # or they would live on while the next chunk's are made
-        ctx.save_for_backward(gradient_TD, rows_T)
+        ctx.save_for_backward(gradient_RD, rows_T)
         ctx.shape = hidden_ND.shape
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradient_TD, rows_T = ctx.saved_tensors
+        gradient_RD, rows_T = ctx.saved_tensors
+        gradient_TD = gradient_RD[: len(rows_T)]
         gradient_ND = gradient_TD.new_zeros(ctx.shape)
         gradient_ND.index_copy_(0, rows_T, (gradient_TD * factor).to(gradient_TD.dtype))
         return gradient_ND, None, None, None, None, None

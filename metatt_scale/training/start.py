@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metatt_scale.backbone.attention import allow_packing, boundaries_known, forbid_packing, packed_arguments
+from metatt_scale.shapes import round_up
 from metatt_scale.training.loss import fuse_head, fused_head
 
 _FIRST, _SECOND = 8, 5
@@ -76,18 +77,25 @@ def try_head(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _why_packing_fails(model: PreTrainedModel, device: torch.device) -> str | None:
-    """Compare an example behind another in a packed row with itself alone, and with itself in one long example."""
+    """Compare an example behind another in a packed row with itself alone, and with itself in one long example.
+
+    The row is filled up, as rows are: what fills it up must stay finite, or its zero gradients would not.
+    """
     name, ids_S = type(model).__name__, _trial_ids(model)
     apart_BS = torch.stack([ids_S, ids_S.roll(-_FIRST)]).to(device)  # one long example; the second example first
+    row_S = nn.functional.pad(ids_S, (0, round_up(len(ids_S)) - len(ids_S)))
     try:
-        packed = packed_arguments(model, (_FIRST, _SECOND), device)
+        packed = packed_arguments(model, (_FIRST, _SECOND), len(row_S), device)
         with _trial(model), _seeing_hidden_states(model) as seen:
             model(input_ids=apart_BS, use_cache=False)
-            model(input_ids=ids_S[None].to(device), use_cache=False, **packed)
+            model(input_ids=row_S[None].to(device), use_cache=False, **packed)
         (apart_BSD, packed_BSD) = (hidden.double() for hidden in seen)
     except _REFUSED as error:
         return f"{name} does not take packed examples ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    alone, leaking, got = apart_BSD[1, :_SECOND], apart_BSD[0, _FIRST:], packed_BSD[0, _FIRST:]
+    alone, leaking = apart_BSD[1, :_SECOND], apart_BSD[0, _FIRST:]
+    got = packed_BSD[0, _FIRST : _FIRST + _SECOND]
+    if not bool(packed_BSD.isfinite().all()):
+        return f"{name} gives numbers that are not finite for the tokens that fill a packed row up"
     if not bool((got - alone).norm() <= _MOST_LEAK * (leaking - alone).norm()):
         return f"{name} lets packed examples see each other, or counts their positions on"
     return None

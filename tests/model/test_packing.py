@@ -17,7 +17,7 @@ from transformers import (
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import attention, enable_checkpointing
 from metatt_scale.backbone.attention import PACKED_SDPA, Packing, packed_arguments
-from metatt_scale.data import IGNORE, TokenTable, collate, micro_batches, pack
+from metatt_scale.data import IGNORE, TokenTable, batches, collate, micro_batches, pack
 from metatt_scale.recipe import AdapterRecipe, RecipeError
 from metatt_scale.training import train
 from metatt_scale.training.loss import fused_head, token_loss_sum
@@ -93,7 +93,7 @@ def test_packed_is_apart(name, changes, recompute):
         enable_checkpointing(model)
     assert make_ready(model, True, CPU, quiet()) and fused_head(model) is not None
     assert model.config._attn_implementation == PACKED_SDPA
-    same(loss_and_gradients(model, chain, [pack(table, range(len(table)))]), expected, FLOAT64)
+    same(loss_and_gradients(model, chain, [pack(table, range(len(table)), 0)]), expected, FLOAT64)
     same(loss_and_gradients(model, chain, [collate(table, range(len(table)), 0)]), expected, FLOAT64)
 
 
@@ -104,12 +104,12 @@ def test_any_lengths(name, changes, lengths):
     model, chain = model_and_chain(name, torch.float32, **changes)
     expected = loss_and_gradients(model, chain, apart(table))
     assert make_ready(model, True, CPU, quiet())
-    same(loss_and_gradients(model, chain, [pack(table, range(len(table)))]), expected, FLOAT32)
+    same(loss_and_gradients(model, chain, [pack(table, range(len(table)), 0)]), expected, FLOAT32)
 
 
 def hidden_of(model, ids, lengths):
     with torch.no_grad():
-        packed = packed_arguments(model, lengths, CPU)
+        packed = packed_arguments(model, lengths, sum(lengths), CPU)
         return model(input_ids=torch.cat(ids)[None], use_cache=False, **packed).logits[0].split(list(lengths))
 
 
@@ -170,14 +170,14 @@ def test_nothing_is_quadratic_in_the_row_and_indices_are_made_once(recompute, mo
     assert make_ready(model, True, CPU, quiet())
     monkeypatch.setattr(Packing, "__init__", count)
     with Largest() as largest:
-        token_loss_sum(model, pack(table, range(len(table))), CPU).backward()
+        token_loss_sum(model, pack(table, range(len(table)), 0), CPU).backward()
     length = sum([10] * 39 + [9])
     assert largest.values < length * length / 2
     assert len(made) == 1
 
 
 def test_equal_lengths_need_no_copy():
-    packing = Packing(EQUAL, CPU)
+    packing = Packing(EQUAL, sum(EQUAL), CPU)
     x_1HTd = torch.randn(1, 18, 4, 8).transpose(1, 2)
     spread = packing.spread(x_1HTd)
     assert spread.shape == (3, 4, 6, 8) and spread.data_ptr() == x_1HTd.data_ptr()
@@ -190,7 +190,7 @@ def test_a_filler_adds_nothing_but_runs_through_everything(fused):
     table = make_table([5, 5])
     arguments = {"micro_batch_size": 1, "rank": 2, "world_size": 3, "pad_token_id": 0}
     (batch,) = micro_batches(table, np.arange(2), **arguments, packed=True)
-    assert batch.lengths == (5,) and (batch.labels_BS == IGNORE).all()
+    assert batch.lengths == (5,) and (batch.labels_BS == IGNORE).all() and batch.input_ids_BS.shape == (1, 16)
     model, chain = model_and_chain("llama", torch.float32)
     assert make_ready(model, True, CPU, quiet())
     if not fused:
@@ -200,6 +200,106 @@ def test_a_filler_adds_nothing_but_runs_through_everything(fused):
         layer.register_full_backward_hook(lambda *_: seen.append(0))
     loss, gradients = loss_and_gradients(model, chain, [batch])
     assert loss == 0 and all(not gradient.any() for gradient in gradients) and len(seen) == 2
+
+
+# ---- the tokens that fill a row up
+
+
+FILLED_UP = [("llama", {}), ("gpt2", {}), ("mistral", {"sliding_window": WINDOW}), ("qwen3", QWEN3_MIXED)]
+
+
+@pytest.mark.parametrize("lengths", [UNEQUAL, EQUAL], ids=str)
+@pytest.mark.parametrize("name, changes", FILLED_UP)
+def test_what_fills_a_row_up_adds_nothing(name, changes, lengths, monkeypatch):
+    """Beside a row that is not filled up, in float64; and whatever fills it, to the bit."""
+    table, indices = make_table(lengths), range(len(lengths))
+    row, filled_otherwise = pack(table, indices, 0), pack(table, indices, 96)
+    monkeypatch.setattr(batches, "round_up", lambda count: count)
+    bare = pack(table, indices, 0)
+    assert bare.input_ids_BS.shape[1] == sum(lengths) < row.input_ids_BS.shape[1]
+    model, chain = model_and_chain(name, **changes)
+    assert make_ready(model, True, CPU, quiet())
+    found = loss_and_gradients(model, chain, [row])
+    same(found, loss_and_gradients(model, chain, [bare]), FLOAT64)
+    other = loss_and_gradients(model, chain, [filled_otherwise])
+    assert found[0] == other[0] and all(map(torch.equal, found[1], other[1]))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_what_fills_a_row_up_adds_nothing_in_bf16(name):
+    """Where examples attend one by one: also what stands behind an example changes none of its bits."""
+    table = make_table((40, 17, 33, 5))
+    model, chain = model_and_chain(name, torch.float32)
+    model.to(torch.bfloat16)
+    chain.compute_dtype = torch.bfloat16
+    assert make_ready(model, True, CPU, quiet())
+    one, other = (loss_and_gradients(model, chain, [pack(table, range(4), pad)]) for pad in (0, 96))
+    assert one[0] == other[0] and all(map(torch.equal, one[1], other[1]))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_what_fills_a_row_up_is_zero_behind_attention(equal):
+    """The memory it would be otherwise may hold anything, and zero gradients times that are not zero."""
+    lengths = (3, 3) if equal else (4, 2)
+    packing = Packing(lengths, 9, CPU)
+    x_1HWd = torch.full((1, 2, 9, 4), 5.0, requires_grad=True)
+    gathered = packing.gather(packing.spread(x_1HWd).transpose(1, 2))
+    assert gathered.shape == (1, 9, 2, 4) and (gathered[:, :6] == 5).all() and not gathered[:, 6:].any()
+    (gradient,) = torch.autograd.grad(gathered, x_1HWd, torch.ones_like(gathered))
+    assert (gradient[:, :, :6] == 1).all() and not gradient[:, :, 6:].any()
+    heads = torch.full((2, 9, 4), 5.0, dtype=torch.bfloat16, requires_grad=True)
+    mask = attention.causal_mask(16, None, torch.bfloat16)
+    out = attention.attend_each(heads, heads, heads, lengths, mask, 1.0)
+    assert out.shape == (9, 2, 4) and (out[:6] == 5).all() and not out[6:].any()
+    (gradient,) = torch.autograd.grad(out, heads, torch.ones_like(out))
+    assert gradient[:, :6].any() and not gradient[:, 6:].any()
+
+
+@pytest.mark.parametrize(
+    "width, ends",
+    [(11, [0, 4, 11]), (16, [0, 4, 11, 16]), (32, [0, 4, 11, 18, 25, 32]), (33, [0, 4, 11, 18, 25, 32, 33])],
+)
+def test_flash_attention_takes_the_rest_of_a_row_for_further_examples(width, ends):
+    """Its output for tokens of no example would be memory that nothing has written."""
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    arguments = packed_arguments(model, (4, 7), width, CPU)
+    assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == ends
+    # Neither length nor position is above those of the examples, which the model is known to take.
+    assert arguments["max_length_q"] == arguments["max_length_k"] == 7
+    assert arguments["position_ids"].tolist() == [[*range(4), *range(7), *[0] * (width - 11)]]
+
+
+class Products(TorchDispatchMode):
+    """The shapes of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.shapes.add((func.overloadpacket, *(tuple(tensor.shape) for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_of_few_shapes_however_many_the_batches():
+    """oneDNN keeps a kernel for each, which made the quickstart's memory grow to three times what it was."""
+    table = make_table(np.random.default_rng(0).integers(20, 48, 60))
+    model, chain = model_and_chain("llama", torch.float32, num_hidden_layers=1)
+    model.to(torch.bfloat16)
+    chain.compute_dtype = torch.bfloat16
+    assert make_ready(model, True, CPU, quiet())
+    seen = []
+    for step in range(20):
+        indices = np.random.default_rng(step + 1).permutation(60)[:4]
+        arguments = {"micro_batch_size": 4, "rank": 0, "world_size": 1, "pad_token_id": 0, "packed": True}
+        (batch,) = micro_batches(table, indices, **arguments)
+        with Products() as products:
+            token_loss_sum(model, batch, CPU).backward()
+        seen.append(products.shapes)
+    assert len(seen[0]) > 10 and len(set().union(*seen)) < 5 * len(seen[0])
 
 
 def test_nothing_below_the_first_adapted_layer_is_differentiated():
@@ -251,8 +351,8 @@ def test_models_that_fail_are_padded(monkeypatch):
 def test_positions_that_count_on_are_noticed(monkeypatch):
     from metatt_scale.training import start
 
-    def counting_on(model, lengths, device):
-        return packed_arguments(model, lengths, device) | {"position_ids": torch.arange(sum(lengths))[None]}
+    def counting_on(model, lengths, width, device):
+        return packed_arguments(model, lengths, width, device) | {"position_ids": torch.arange(width)[None]}
 
     monkeypatch.setattr(start, "packed_arguments", counting_on)
     assert "counts their positions on" in refused(tiny_model("gpt2"))
@@ -281,7 +381,7 @@ def test_logits_that_are_not_the_heads_output_are_computed(config):
         wanted = batch.labels_BS[0, 1:]
         expected -= sum(float(logits[i, t]) for i, t in enumerate(wanted) if t != IGNORE)
     indices = range(len(table))
-    for batch in (collate(table, indices, 0), *([pack(table, indices)] if packed else [])):
+    for batch in (collate(table, indices, 0), *([pack(table, indices, 0)] if packed else [])):
         assert float(token_loss_sum(model, batch, CPU)) == pytest.approx(expected, rel=FLOAT64)
 
 
@@ -330,7 +430,7 @@ def test_in_bf16_a_packed_row_is_as_near_to_fp32_as_padded_ones(name):
         chain.compute_dtype = torch.bfloat16
         if how == "packed":
             assert make_ready(model, True, CPU, quiet())
-        batches = [pack(table, list(range(len(table))))] if how == "packed" else apart(table)
+        batches = [pack(table, list(range(len(table))), 0)] if how == "packed" else apart(table)
         found = loss_and_gradients(model, chain, batches)
         pairs = zip(found[1], exact[1], strict=True)
         errors[how] = max(float((one - other).norm() / other.norm()) for one, other in pairs)

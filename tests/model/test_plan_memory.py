@@ -4,13 +4,14 @@ import gc
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from metatt_scale.adapter import inject
 from metatt_scale.backbone import load_backbone
 from metatt_scale.benchmark.memory import held_bytes, peak_bytes
-from metatt_scale.data import IGNORE, Batch
+from metatt_scale.data import IGNORE, Batch, TokenTable, pack
 from metatt_scale.plan.gathered import always_gathered_bytes
 from metatt_scale.plan.layout import lay_out
 from metatt_scale.plan.memory import chain_bytes
@@ -146,8 +147,9 @@ def whole_batch(model, recipe, work, device):
     labels[:, : work.tokens - work.answers] = IGNORE
     if not make_ready(model, recipe.training.packing, device, quiet()):
         return Batch(ids, torch.ones_like(ids), labels)
-    lengths = (work.tokens,) * work.examples
-    return Batch(ids.view(1, -1), torch.ones_like(ids).view(1, -1), labels.view(1, -1), lengths)
+    offsets = np.arange(work.examples + 1) * work.tokens
+    flags = (labels != IGNORE).numpy().astype(np.uint8)
+    return pack(TokenTable(ids.numpy().astype(np.int32).ravel(), flags.ravel(), offsets), range(work.examples), 0)
 
 
 def measured_peak(model, recipe, layout, *, before=1):

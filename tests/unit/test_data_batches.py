@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from metatt_scale.data import (
     TokenTable,
     concatenate,
     micro_batches,
+    pack,
     split,
     target_count,
 )
+from metatt_scale.shapes import round_up
 
 PAD = 999
 
@@ -145,9 +148,10 @@ def test_a_packed_batch_is_one_row_of_the_same_examples():
     table.flags[3] = 1  # as no tokeniser would have it: the first token of an example, which nothing predicts
     settings = {"micro_batch_size": 4, "rank": 0, "world_size": 1, "pad_token_id": PAD}
     (batch,) = micro_batches(table, np.arange(3), **settings, packed=True)
-    assert all(part.shape == (1, 11) and part.dtype == torch.int64 for part in batch[:3])
-    assert batch.lengths == (6, 3, 2) and batch.attention_mask_BS.all()
-    ids, labels = batch.input_ids_BS[0].split(batch.lengths), batch.labels_BS[0].split(batch.lengths)
+    assert all(part.shape == (1, 16) and part.dtype == torch.int64 for part in batch[:3])
+    assert batch.lengths == (6, 3, 2) and batch.attention_mask_BS.tolist() == [[1] * 11 + [0] * 5]
+    assert (batch.input_ids_BS[0, 11:] == PAD).all() and (batch.labels_BS[0, 11:] == IGNORE).all()
+    ids, labels = batch.input_ids_BS[0, :11].split(batch.lengths), batch.labels_BS[0, :11].split(batch.lengths)
     for i, own_ids, own_labels in zip((1, 0, 2), ids, labels, strict=True):
         tokens, flags = table.example(i)
         assert own_ids.tolist() == tokens.tolist() and own_labels[0] == IGNORE
@@ -164,8 +168,27 @@ def test_packed_and_padded_batches_hold_the_same_examples(world_size, n):
         for one, other in zip(packed, padded, strict=True):
             there = other.attention_mask_BS.bool()
             assert one.lengths == tuple(there.sum(1).tolist())
-            assert torch.equal(one.input_ids_BS[0], other.input_ids_BS[there])
-            assert torch.equal(one.labels_BS[0], other.labels_BS[there])
+            here = one.attention_mask_BS.bool()
+            assert torch.equal(one.input_ids_BS[here], other.input_ids_BS[there])
+            assert torch.equal(one.labels_BS[here], other.labels_BS[there])
+
+
+@pytest.mark.parametrize("lengths, width", [((1,), 16), ((7, 9), 16), ((7, 9, 1), 32), ((300, 230), 544)])
+def test_packed_rows_are_filled_up(lengths, width):
+    table = replace(make_table(lengths), tasks=np.full(len(lengths), 2, np.int8))
+    row, rest = pack(table, range(len(lengths)), PAD), width - sum(lengths)
+    assert row.attention_mask_BS.tolist() == [[1] * sum(lengths) + [0] * rest]
+    assert row.tasks_BS is not None and row.tasks_BS.tolist() == [[2] * sum(lengths) + [0] * rest]
+    assert row.input_ids_BS.shape == row.labels_BS.shape == (1, width)
+
+
+def test_sizes_are_few_and_at_most_a_sixteenth_more():
+    sizes = {count: round_up(count) for count in range(1, 5000)}
+    assert all(0 <= size - count < max(16, count / 16) for count, size in sizes.items())
+    assert all(round_up(size) == size for size in sizes.values()) and round_up(0) == 0
+    for low in (256, 512, 1024, 2048):
+        assert len({size for count, size in sizes.items() if low < count <= 2 * low}) == 16
+    assert [sizes[n] for n in (1, 16, 17, 512, 513, 1025, 2049)] == [16, 16, 32, 512, 544, 1088, 2176]
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 9, 31, 32])

@@ -12,7 +12,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAUNCHERS = sorted((ROOT / "launch").glob("*.py"))
 
 FLOORS = [
-    {"metatt_scale", "files", "device", "determinism", "gpus", "libraries", "process", "versions"},
+    {"metatt_scale", "files", "device", "determinism", "gpus", "libraries", "process", "shapes", "versions"},
     {"tensor", "recipe", "hardware"},
     {"adapter", "data", "backbone", "parallel"},
     {"methods", "ending"},
