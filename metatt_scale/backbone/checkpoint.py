@@ -6,8 +6,10 @@ are shared by all processes of a node.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,15 @@ class Unfit(Exception):
     """A model that is there but is not what training needs; the text says what to do."""
 
 
+class NotByLayers(Exception):
+    """A model that transformers can load, but only the whole of it at once."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause}; {remedy}")
+        self.cause = cause
+        self.remedy = remedy
+
+
 def fetch(recipe: BackboneRecipe, source: Source) -> Path:
     """Return the folder of a model's safetensors files; of a hub id it is downloaded once per node.
 
@@ -38,15 +49,32 @@ def fetch(recipe: BackboneRecipe, source: Source) -> Path:
 
     Raises:
         OSError: the hub cannot be reached or does not have it.
+        NotByLayers: the hub has no safetensors under their usual names.
     """
     if source.kind == "folder":
         return Path(source.location)
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    patterns = ["*.json", _SINGLE, "model-*.safetensors"]
-    with FileLock(cache / f".{source.location.replace('/', '--')}.metatt_scale.lock"):
-        found = huggingface_hub.snapshot_download(source.location, revision=recipe.revision, allow_patterns=patterns)
+    with _one_at_a_time(source):
+        found = _download(recipe, source, ["*.json", _SINGLE, "model-*.safetensors"])
+        if not (found / _SINGLE).is_file() and not (found / _INDEX).is_file():
+            raise NotByLayers(f"the hub has no {_SINGLE} of it", "give a model that has one")
+        absent = [file for file in _files_of(found) if not (found / file).is_file()]  # under names of their own
+        return _download(recipe, source, absent) if absent else found
+
+
+def _download(recipe: BackboneRecipe, source: Source, patterns: list[str]) -> Path:
+    found = huggingface_hub.snapshot_download(source.location, revision=recipe.revision, allow_patterns=patterns)
     return Path(found)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(source: Source) -> Iterator[None]:
+    """Let one process of this node at a time into a `with` block; where the cache cannot be written, all of them."""
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that somebody else has filled: there is nothing to download
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(cache / f".{source.location.replace('/', '--')}.metatt_scale.lock"))
+        yield
 
 
 class Checkpoint:
@@ -56,7 +84,8 @@ class Checkpoint:
         """Look up every name in the headers of the files; nothing is read yet.
 
         Raises:
-            Unfit: no safetensors file, or weights that transformers would have to convert.
+            OSError: no safetensors file.
+            NotByLayers: weights that transformers has to convert, or tied ones with different values.
         """
         self._files: dict[str, Any] = {}
         self._aliases = tied_names(model)
@@ -86,10 +115,10 @@ class Checkpoint:
                 if name not in state and key in state:
                     name, conversion = rename_source_key(key, [], [], prefix, state)
                 if conversion is not None and name in state:
-                    raise Unfit(
-                        f"its files store {key} in an older form that must be converted as a whole, which is not "
-                        "possible layer by layer; load it once unsharded and save_pretrained it, or set "
-                        "parallel.backbone: replicate"
+                    raise NotByLayers(
+                        f"its files store {key} in an older form that must be converted as a whole",
+                        "load it once with transformers and write it by "
+                        "save_pretrained(FOLDER, save_original_format=False)",
                     )
                 if name in state:  # what the model has no place for is left out, as transformers does
                     places[name] = (file, key)
@@ -100,9 +129,9 @@ class Checkpoint:
             stored = [alias for alias in aliases if alias in self._places] if name == aliases[0] else []
             for one, other in combinations(stored, 2):
                 if not torch.equal(self._tensor(one), self._tensor(other)):
-                    raise Unfit(
-                        f"config.json ties {one} and {other}, but the files have different values for them; set "
-                        "tie_word_embeddings to false in config.json"
+                    raise NotByLayers(
+                        f"config.json ties {one} and {other}, but the files have different values for them",
+                        "set tie_word_embeddings to false in config.json",
                     )
 
     def _tensor(self, name: str) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,15 @@ from transformers import (
 )
 
 from metatt_scale.backbone.attention import pick_attention
-from metatt_scale.backbone.checkpoint import Checkpoint, Unfit, fetch
+from metatt_scale.backbone.checkpoint import Checkpoint, NotByLayers, Unfit, fetch
 from metatt_scale.backbone.head import HeadStart, in_head
 from metatt_scale.backbone.quantised import check_shardable
 from metatt_scale.backbone.source import Source, first_line, resolve, why_not
 from metatt_scale.backbone.units import Engine, Weights, bring_in
 from metatt_scale.recipe import BackboneRecipe
 from metatt_scale.recipe.architectures import architecture_file
+
+logger = logging.getLogger(__name__)
 
 _ENCODERS = ("bert", "roberta")
 # Absent or unreadable files, settings of another type than the configuration's class wants, damaged weights.
@@ -51,9 +55,11 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Load, quantise and freeze the model of a recipe, whole or (with an engine) one shard of it.
 
-    With an engine no process holds more than its shard and about two layers at any time: the model starts as shapes
-    on the meta device, and each layer is filled from its safetensors, quantised and sharded before the next one. A
-    GGUF file is the exception: transformers unpacks it whole in every process, and then it is cut.
+    No process holds more than what it keeps (the model in its final form, or with an engine its shard) and about two
+    layers at any time: the model starts as shapes on the meta device, and each layer is filled from its safetensors,
+    quantised and sharded before the next one. The files are mapped, so the processes of a node share their pages.
+    Two kinds are first unpacked by transformers, whole, in every process: GGUF files, and without an engine what
+    only transformers can load (`NotByLayers`).
 
     Args:
         recipe: what to load and how to store it.
@@ -72,16 +78,9 @@ def load_backbone(
     source = resolve(recipe.path)
     attention = pick_attention(recipe.attention, device, recipe.dtype)
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype), "attn_implementation": attention}
-    weights: Weights | None = None
-    if source.kind == "random":
-        model = _random_shapes(recipe, source, options, classes)
-        weights = Weights(model, None, seed, head)
-    elif classes is None and (engine is None or source.kind == "gguf"):
-        model = _load_weights(recipe, source, options)
-    else:  # also a classifier's head comes from `Weights`: it has to follow from the seed
-        model, checkpoint = _open_weights(recipe, source, options, classes)
-        weights = Weights(model, checkpoint, seed, head)
-    bring_in(model, weights, recipe, device, engine)
+    model, checkpoint = _open(recipe, source, options, engine, classes)
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    bring_in(model, Weights(model, checkpoint, seed, head) if empty else None, recipe, device, engine)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model)
     model.eval()
@@ -111,8 +110,22 @@ def load_skeleton(recipe: BackboneRecipe, classes: int | None = None) -> PreTrai
             raise ValueError(why_not(recipe.path, source, error)) from None
     with _one_message(recipe, source):
         _model_class(config, classes)
-    with torch.device("meta"):
-        return _build(config, classes, trust_remote_code=recipe.trust_remote_code)
+    return _build(config, classes, trust_remote_code=recipe.trust_remote_code)
+
+
+def _open(
+    recipe: BackboneRecipe, source: Source, options: dict[str, Any], engine: Engine | None, classes: int | None
+) -> tuple[PreTrainedModel, Checkpoint | None]:
+    """Return the model as shapes and the files that fill it (None: with random weights); or with its weights."""
+    if source.kind == "random":
+        return _random_shapes(recipe, source, options, classes), None
+    if source.kind == "gguf" and classes is None:
+        return _load_weights(recipe, source, options), None
+    try:
+        return _open_weights(recipe, source, options, classes)
+    except NotByLayers as error:
+        _check_whole(recipe, error, engine, classes)
+        return _load_weights(recipe, source, options), None
 
 
 def _random_shapes(
@@ -122,8 +135,7 @@ def _random_shapes(
     config = _random_config(source)
     with _one_message(recipe, source):
         _model_class(config, classes)
-    with torch.device("meta"):
-        return _build(config, classes, **options)
+    return _build(config, classes, **options)
 
 
 def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any]) -> PreTrainedModel:
@@ -146,21 +158,58 @@ def _load_weights(recipe: BackboneRecipe, source: Source, options: dict[str, Any
     return model
 
 
+def _check_whole(recipe: BackboneRecipe, why: NotByLayers, engine: Engine | None, classes: int | None) -> None:
+    """Say that transformers loads the whole model, or refuse where that will not do.
+
+    Raises:
+        ValueError: the model is to be sharded, or to be a classifier, whose head has to follow from the seed.
+    """
+    if engine is not None or classes is not None:
+        other = ", or set parallel.backbone: replicate" if classes is None else ""
+        raise ValueError(f"backbone.path {recipe.path!r}: {why.cause}; {why.remedy}{other}")
+    logger.warning(
+        "backbone.path %r: %s, so every process first holds all of it unquantised; to load it layer by layer, %s",
+        recipe.path,
+        why.cause,
+        why.remedy,
+    )
+
+
 def _open_weights(
     recipe: BackboneRecipe, source: Source, options: dict[str, Any], classes: int | None
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """Return the model as shapes, and the safetensors that fill it."""
     with _one_message(recipe, source):
         config = _unquantised_config(recipe, source)
-        _model_class(config, classes)  # refuses before anything is fetched
+        auto = _model_class(config, classes)  # refuses before anything is fetched
         folder = fetch(recipe, source)
-        with torch.device("meta"):
-            model = _build(config, classes, trust_remote_code=recipe.trust_remote_code, **options)
+        code = (getattr(config, "auto_map", None) or {}).get(auto.__name__, "")
+        if recipe.trust_remote_code and recipe.revision and code.startswith(f"{source.location}--"):
+            options = {**options, "code_revision": recipe.revision}
+        model = _build(config, classes, trust_remote_code=recipe.trust_remote_code, **options)
+        _widen(model, options["dtype"])
         checkpoint = Checkpoint(folder, model)
         _check_complete(model, checkpoint.absent)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        if model.can_generate():
+            model.generation_config = _read_generation_config(folder)
     return model, checkpoint
+
+
+def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make those tensors of a model of shapes float32 that its class does not let have 16 bits."""
+    kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else []
+    kept += list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else []
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in kept]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig:
+    """Return how the model generates, which older models say in their config.json."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
 @contextlib.contextmanager
@@ -247,13 +296,16 @@ def _model_class(config: PreTrainedConfig, classes: int | None) -> Any:
 
 
 def _build(config: PreTrainedConfig, classes: int | None, **options: Any) -> PreTrainedModel:
+    """Return the model of a configuration on the meta device."""
     auto = _model_class(config, classes)
     if classes is not None:
         config.num_labels = classes
         # Pipelines of an exported model would take one output for a class, and squash it.
         config.problem_type = "regression" if classes == 1 else None
     try:
-        return auto.from_config(config, **options)
+        with torch.device("meta"):
+            model = auto.from_config(config, **options)
+        return model.to("meta")  # some classes draw random numbers for a weight, which are real ones even here
     except (
         ArithmeticError,
         KeyError,

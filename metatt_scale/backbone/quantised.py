@@ -20,7 +20,7 @@ BLOCK = 64
 the packing does not: at a width of 32 or 96 the unpacked weights are off by a fifth and more."""
 
 _PIECE = 1 << 20
-"""Weights that are quantised at once: a whole number of blocks and of bytes."""
+"""Weights that are quantised at once on a CPU: a whole number of blocks and of bytes."""
 
 
 def linears_to_pack(model: PreTrainedModel, recipe: BackboneRecipe, device: torch.device) -> list[str]:
@@ -56,7 +56,10 @@ def pack(model: PreTrainedModel, paths: list[str], recipe: BackboneRecipe, devic
         parent, _, name = path.rpartition(".")
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        setattr(model.get_submodule(parent), name, quantised_linear(linear, recipe, device))
+        packed = quantised_linear(linear, recipe, device)
+        for parameter in packed.parameters():  # what transformers initialises around them leaves these as they are
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        setattr(model.get_submodule(parent), name, packed)
 
 
 def check_shardable(recipe: BackboneRecipe) -> None:
@@ -116,21 +119,24 @@ def quantised_linear(linear: nn.Linear, recipe: BackboneRecipe, device: torch.de
         # no_grad, and every later training step computes with damaged weights. Keep the general path.
         packed.support_avx512bf16_for_cpu = False  # type: ignore[attr-defined]
     if has_bias:
-        packed.bias = nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+        # A copy: the linear may lie in a mapped file.
+        packed.bias = nn.Parameter(linear.bias.detach().to(device, copy=True), requires_grad=False)
     return packed
 
 
 def _quantise_in_pieces(weight: Tensor, recipe: BackboneRecipe, device: torch.device) -> tuple[Tensor, Any]:
     """Return a weight's packed bytes and quant state, bit for bit those of quantising it at once.
 
-    Quantising needs several times the memory of what it quantises; pieces keep that small beside one layer.
+    On a CPU this needs several times the memory of what it quantises; pieces keep that small beside one layer.
+    Elsewhere one kernel does it without scratch, and the weight is copied once: the host waits for every copy.
     """
     functional: Any = importlib.import_module("bitsandbytes.functional")
     storage = getattr(torch, recipe.quant_storage)
     packed, scales, state = [], [], None
-    for piece in weight.reshape(-1).split(_PIECE):
+    flat = weight.to(device).reshape(-1)
+    for piece in flat.split(_PIECE if device.type == "cpu" else max(1, flat.numel())):
         data, state = functional.quantize_4bit(
-            piece.to(device), blocksize=BLOCK, quant_type=recipe.quantization, quant_storage=storage
+            piece, blocksize=BLOCK, quant_type=recipe.quantization, quant_storage=storage
         )
         packed.append(data)
         scales.append(state.absmax)

@@ -2,7 +2,12 @@
 
 The model starts on the meta device, shapes without memory. Each unit (a layer; the embeddings and the output head
 where nothing else shares their weights) is filled, quantised if the recipe asks for it, and handed to the sharding
-engine before the next one is touched. What belongs to no unit stays with the root and comes last.
+engine, if there is one, before the next one is touched. What belongs to no unit stays with the root and comes last.
+
+Tensors go from the mapped files straight to the device, and on a CPU into memory of their own. They could stay mapped
+there and would cost nothing. But a file that is overwritten in place while a run uses it would change the weights
+under the run, or end it with a bus error, and no process can prevent that. Only a linear that is to be quantised is
+read where it lies.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ from metatt_scale.backbone.checkpoint import Checkpoint, tied_names
 from metatt_scale.backbone.head import HeadStart, in_head, last_linear
 from metatt_scale.backbone.quantised import linears_to_pack, pack
 from metatt_scale.recipe import BackboneRecipe
+
+_HOST = torch.device("cpu")
 
 
 class Engine(Protocol):
@@ -46,20 +53,10 @@ def find_units(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
     Layers are the members of the outermost module lists. Embeddings and output head are units if their weights have
     no other name; tied ones belong to the root, for a parameter can have one owner only.
-
-    Raises:
-        ValueError: layers that share weights.
     """
     tied = tied_names(model)
     units = list(_members_of_lists(model, ""))
     inside = {id(module) for _, unit in units for module in unit.modules()}
-    for path, unit in units:
-        for name, _ in unit.named_parameters(prefix=path):
-            if any(not alias.startswith(path + ".") for alias in tied.get(name, ())):
-                raise ValueError(
-                    f"backbone: {type(model).__name__} uses {name} in several layers, so they cannot be loaded one "
-                    "by one; set parallel.backbone: replicate"
-                )
     for edge in (model.get_input_embeddings(), model.get_output_embeddings()):
         if edge is None or id(edge) in inside:
             continue
@@ -67,6 +64,27 @@ def find_units(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         if not any(name in tied for name, _ in edge.named_parameters(prefix=path)):
             units.append((path, edge))
     return units
+
+
+def _check_units(model: PreTrainedModel, units: list[tuple[str, nn.Module]]) -> None:
+    """Refuse a model that an engine cannot shard unit by unit.
+
+    Raises:
+        ValueError: there are no layers, or layers share weights.
+    """
+    if not units:
+        raise ValueError(
+            f"backbone: {type(model).__name__} has no list of layers to shard one by one; set parallel.backbone: "
+            "replicate"
+        )
+    tied = tied_names(model)
+    for path, unit in units:
+        for name, _ in unit.named_parameters(prefix=path):
+            if any(not alias.startswith(path + ".") for alias in tied.get(name, ())):
+                raise ValueError(
+                    f"backbone: {type(model).__name__} uses {name} in several layers, so they cannot be sharded one "
+                    "by one; set parallel.backbone: replicate"
+                )
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -111,29 +129,31 @@ def bring_in(
     """
     model.requires_grad_(False)
     packable = linears_to_pack(model, recipe, device) if recipe.quantization != "none" else []
-    units = find_units(model) if weights or engine else []
-    if engine and not units:
-        raise ValueError(
-            f"backbone: {type(model).__name__} has no list of layers to shard one by one; set parallel.backbone: "
-            "replicate"
-        )
-    done: set[nn.Module] = set()
+    units = find_units(model)
     if engine:
-        _give_back_freed_memory()
+        _check_units(model, units)
+    if engine or device.type != "cpu":
+        _give_back_large_blocks()
+    done: set[nn.Module] = set()
     for path, unit in [*units, ("", model)]:
-        if weights:
-            weights.fill(path, unit, done)
         here = [name for name in packable if unit is model or name.startswith(path + ".")]
         packable = [name for name in packable if name not in set(here)]
+        if weights:
+            weights.fill(path, unit, done, device, mapped=frozenset(here))
         pack(model, here, recipe, device)
         for _, module in _post_order(unit, path, done):
             # One module at a time: what an engine holds already stays where the engine keeps it.
-            module._apply(lambda tensor: tensor if tensor.device == device else tensor.to(device), recurse=False)
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if any(tensor.device != device for tensor in own):
+                module._apply(lambda tensor: tensor.to(device), recurse=False)
         if unit is not model:
             done.add(unit)
             if engine:
                 engine.shard(unit)
-                _give_back_freed_memory()
+        if here or engine or device.type != "cpu":  # a weight that stays on a CPU as it is frees nothing
+            _give_back_freed_memory()
+    if weights:
+        weights.check()
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"never filled: {left}"
 
@@ -147,16 +167,21 @@ def _post_order(module: nn.Module, path: str, skip: set[nn.Module]) -> Iterator[
     yield path, module
 
 
-def _give_back_freed_memory() -> None:
-    """Return freed memory to the system, and that of every tensor from 1 MiB on as soon as it is freed from now on.
+def _give_back_large_blocks() -> None:
+    """Return the memory of every tensor from 1 MiB on to the system as soon as it is freed, from now on.
 
     glibc would come to keep blocks of up to 32 MiB, and the holes between them: twice the memory of a 4-bit shard.
+    Not for a whole model on a CPU: each activation of its training would be mapped and cleared anew.
     """
     m_mmap_threshold = -3
     with contextlib.suppress(OSError, AttributeError):  # another C library manages its memory itself
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 1 << 20)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
+
+
+def _give_back_freed_memory() -> None:
+    """Return the memory that is free now to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library manages its memory itself
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Weights:
@@ -177,33 +202,69 @@ class Weights:
         self._tied = tied_names(model)
         self._stored = set(model.state_dict())
         self._made: dict[str, nn.Parameter] = {}
+        self._owners = {path: part for path, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+        self._unset: list[tuple[str, nn.Module, str]] = []
+        # Code beside the weights may fill what is below a module in place, whether it has a value or not.
+        self._is_custom = not type(model).__module__.startswith("transformers.")
 
-    def fill(self, path: str, unit: nn.Module, skip: set[nn.Module]) -> None:
-        """Put the weights and buffers of a unit into the memory of the CPU, except those of the modules in `skip`.
+    def fill(
+        self, path: str, unit: nn.Module, skip: set[nn.Module], device: torch.device, mapped: frozenset[str]
+    ) -> None:
+        """Give the weights and buffers of a unit their values, except those of the modules in `skip`.
+
+        Args:
+            path: of the unit in the model.
+            unit: a module.
+            skip: modules in it that have their values already.
+            device: where modules are put that the checkpoint has whole; the others lie in the memory of the CPU.
+            mapped: paths of modules that are replaced at once: their tensors stay in their files, if they have the
+                right type, and otherwise in the memory of the CPU.
 
         Raises:
-            ValueError: a tensor that neither the checkpoint nor the class of the model gives a value.
+            ValueError: a weight that neither the checkpoint nor the class of the model gives a value.
         """
         modules = list(_post_order(unit, path, skip))
         with torch.no_grad():
             for module_path, module in modules:
-                for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                    if tensor is not None and tensor.is_meta:
-                        setattr(module, name, self._make(tensor, f"{module_path}.{name}" if module_path else name))
+                self._read(module_path, module, _HOST if module_path in mapped else device, module_path in mapped)
         self._initialise(modules)
 
-    def _make(self, meta: Tensor, name: str) -> Tensor:
+    def check(self) -> None:
+        """Refuse buffers without a value, when all of the model is filled: the root may have set those of a layer.
+
+        Raises:
+            ValueError: neither the files nor the class of the model gives a buffer its value.
+        """
+        for path, module, name in self._unset:
+            if module.get_buffer(name)._version == 0:
+                raise self._without_value(path, name)
+
+    def _read(self, path: str, module: nn.Module, device: torch.device, mapped: bool) -> None:
+        """Read what the checkpoint has of a module, and make room for the rest."""
+        own = [*module._parameters.items(), *module._buffers.items()]
+        metas = {name: tensor for name, tensor in own if tensor is not None and tensor.is_meta}
+        names = {name: f"{path}.{name}" if path else name for name in metas}
+        stored = {name: self._look_up(names[name]) for name in metas}
+        if any(tensor is None for tensor in stored.values()):
+            device = _HOST  # where random numbers are drawn, to be the same on every device
+        for name, meta in metas.items():
+            setattr(module, name, self._make(meta, names[name], stored[name], device, mapped))
+
+    def _look_up(self, name: str) -> Tensor | None:
+        return self._checkpoint.read(name) if self._checkpoint is not None and name in self._stored else None
+
+    def _make(self, meta: Tensor, name: str, stored: Tensor | None, device: torch.device, mapped: bool) -> Tensor:
         first = self._tied.get(name, (name,))[0]
         if first in self._made:
             return self._made[first]
-        tensor: Tensor = torch.empty_like(meta, device="cpu")
+        if stored is None:
+            tensor = torch.empty_like(meta, device=device)
+        else:
+            tensor = stored.to(device, meta.dtype, copy=not mapped or name in self._tied)
         if isinstance(meta, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
-        if self._checkpoint is not None and name in self._stored:
-            stored = self._checkpoint.read(name)
-            if stored is not None:
-                tensor.copy_(stored)
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it as it is
+        if stored is not None:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it as it is
         if name in self._tied:
             assert isinstance(tensor, nn.Parameter)
             self._made[first] = tensor
@@ -211,15 +272,15 @@ class Weights:
 
     def _initialise(self, modules: list[tuple[str, nn.Module]]) -> None:
         """Run the initialisation of transformers on every module that still lacks a value."""
-        owners = {path: module for path, module in self._model.named_modules() if isinstance(module, PreTrainedModel)}
         with torch.random.fork_rng(devices=[]), torch.no_grad(), guard_torch_init_functions():
             for path, module in modules:
                 own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-                if own and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+                whole = all(getattr(tensor, "_is_hf_initialized", False) for tensor in own)
+                if whole and (own or self._is_custom):
                     continue
                 digest = hashlib.sha256(f"{self._seed} {path}".encode()).digest()
                 torch.default_generator.manual_seed(int.from_bytes(digest[:4], "little"))
-                owner = _nearest(owners, path)
+                owner = _nearest(self._owners, path)
                 std = self._head.std if in_head(self._model, path) else None
                 with _initialising_with(owner.config, std):
                     owner._init_weights(module)
@@ -229,11 +290,17 @@ class Weights:
                         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # once, not once per name
         for path, module in modules:
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if tensor._version == 0 and tensor.numel():
-                    raise ValueError(
-                        f"backbone: {type(self._model).__name__} does not say how {path}.{name} is initialised, so "
-                        "it cannot be loaded layer by layer; set parallel.backbone: replicate and give files"
-                    )
+                if tensor._version or not tensor.numel() or getattr(tensor, "_is_hf_initialized", False):
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    raise self._without_value(path, name)
+                self._unset.append((path, module, name))
+
+    def _without_value(self, path: str, name: str) -> ValueError:
+        return ValueError(
+            f"backbone: the files have no {path}.{name}, and {type(self._model).__name__} does not say what it "
+            "starts with; set it in the method _init_weights of that class"
+        )
 
     def _start_bias(self, path: str, module: nn.Module) -> None:
         """Give the last linear of a new head the bias that it was to start with."""

@@ -81,6 +81,7 @@ def _memory(recipe: Recipe, shape: ModelShape, layout: Layout, hardware: Hardwar
     return {
         "weights": {**asdict(memory.weights), "total": memory.weights.total},
         "weights_on_host": memory.weights_on_host,
+        "host_while_loading": memory.host_while_loading,
         "chain": {**asdict(memory.chain), "total": memory.chain.total},
         "activations": asdict(memory.activations),
         "gathered": memory.gathered,

@@ -9,7 +9,7 @@ from metatt_scale.plan.gathered import gathered_bytes
 from metatt_scale.plan.layout import Layout
 from metatt_scale.plan.memory import ActivationBytes, ChainBytes, activation_bytes, chain_bytes, head_bytes
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape
-from metatt_scale.plan.weights import WeightBytes, weight_bytes
+from metatt_scale.plan.weights import WeightBytes, loading_bytes, weight_bytes
 from metatt_scale.recipe import Recipe
 from metatt_scale.training.reduce import TAIL
 
@@ -27,6 +27,8 @@ class MemoryBytes:
     weights: WeightBytes
     weights_on_host: int
     """The part of `weights` that CPU offloading keeps in host memory."""
+    host_while_loading: int
+    """The most host memory of one process for weights, mapped files left out."""
     chain: ChainBytes
     activations: ActivationBytes
     gathered: int
@@ -63,9 +65,11 @@ def memory_bytes(shape: ModelShape, recipe: Recipe, layout: Layout) -> MemoryByt
         "head": activations.kept + head_bytes(shape, work, recipe) + gathered["head"],
         "layer": activations.kept + activations.layer + gathered["layer"],
     }
+    on_host = weights.packed + weights.unquantised if layout.offload else 0
     memory = MemoryBytes(
         weights=weights,
-        weights_on_host=weights.packed + weights.unquantised if layout.offload else 0,
+        weights_on_host=on_host,
+        host_while_loading=on_host + loading_bytes(shape, recipe.backbone),
         chain=chain_bytes(shape, recipe, TAIL, folded=folded),
         activations=activations,
         gathered=0,

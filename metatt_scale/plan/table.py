@@ -112,6 +112,9 @@ def _memory(numbers: dict[str, Any]) -> Table:
             table.add_row(f"  {name.replace('_', ' ')}", size(weights[name]), note)
     if memory["weights_on_host"]:
         table.add_row("  of it on the host", size(memory["weights_on_host"]), "cpu_offload")
+    processes = min(layout["ranks"], layout["gpus_per_node"])
+    each = f"per process, {processes} on a node; mapped files not counted"
+    table.add_row("host while loading", size(memory["host_while_loading"]), each)
     parts = ", ".join(f"{name} {size(chain[name])}" for name in ("cores", "moments", "factors", "gradients"))
     table.add_row("chain", size(chain["total"]), parts)
     work = f"{layout['examples_per_micro_batch']} x {layout['tokens_per_example']} tokens"

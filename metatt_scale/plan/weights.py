@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from metatt_scale.backbone.quantised import BLOCK
+from metatt_scale.backbone.source import resolve
 from metatt_scale.plan.shape import ITEM_SIZE, ModelShape, Unit, Weight
 from metatt_scale.recipe import BackboneRecipe
 
@@ -113,3 +114,16 @@ def weight_bytes(
         unquantised=sum(share[weight.path] for weight in weights if not weight.packed),
         buffers=shape.buffer_bytes,
     )
+
+
+def loading_bytes(shape: ModelShape, recipe: BackboneRecipe) -> int:
+    """Return the host memory that loading takes in one process, beside the weights that stay there.
+
+    A unit is held unquantised, and at times its copy in another type: 2 e n of the largest. A GGUF file is unpacked
+    whole, in fp32 tensor by tensor.
+    """
+    sizes = [sum(weight.numel for weight in unit.weights) for unit in shape.units]
+    item = ITEM_SIZE[recipe.dtype]
+    if resolve(recipe.path).kind == "gguf":
+        return item * sum(sizes) + 2 * ITEM_SIZE["float32"] * max(sizes)
+    return 2 * item * max(sizes)

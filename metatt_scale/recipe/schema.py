@@ -24,7 +24,8 @@ class BackboneRecipe(Section):
     path: str = Field(min_length=1)
     """Hub id, local folder, `.gguf` file, `package:NAME` (a GGUF file, or a folder with config.json and safetensors,
     inside an installed Python package), or `random:ARCHITECTURE` (random weights of a shipped or given config JSON;
-    for tests and measurements)."""
+    for tests and measurements). Safetensors are loaded layer by layer; a GGUF file is unpacked whole in the host
+    memory of every process."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -1,8 +1,8 @@
-"""Memory of one rank while a sharded backbone of 1.71 billion parameters is loaded, and while it runs.
+"""Memory of one rank while a backbone of 1.71 billion parameters is loaded, and while it runs.
 
     python -m tests.distributed.memory --write FOLDER       # 3.3 GiB of random bf16 safetensors, once
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m tests.distributed.memory \\
-        --folder FOLDER --engine fsdp2 --quantization nf4
+        --folder FOLDER --engine fsdp2 --quantization nf4   # or --engine replicate, --dtype float16: a conversion
 
 Counted is anonymous memory (RssAnon), sampled every 5 ms: what a process holds for itself, without the pages of
 mapped files, which all processes share and the system can drop. Without --folder the weights are made on the way.
@@ -81,7 +81,8 @@ def held(model):
 
 
 def measure(options, path, world):
-    backbone = {"path": path, "quantization": options.quantization}
+    backbone = {"path": path, "quantization": options.quantization, "dtype": options.dtype}
+    backbone["quant_storage"] = options.dtype
     data = {"output_dir": "unused", "backbone": backbone, "data": {"train": [{"path": "unused"}]}}
     recipe = validate(data, "memory")
     engine = make_engine(world, Launch(strategy=options.engine), recipe)
@@ -118,6 +119,9 @@ def main():
     parser.add_argument("--folder", help="safetensors to load")
     parser.add_argument("--engine", choices=["replicate", "fsdp2", "zero3"], default="fsdp2")
     parser.add_argument("--quantization", choices=["none", "nf4"], default="none")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="the files' (bfloat16), or to convert to"
+    )
     options = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = Path(f"/tmp/metatt_scale_memory_{os.getpid()}.json")
@@ -136,7 +140,8 @@ def main():
                         f"{name} {value:.{6 if name == 'loss' else 0}f}" for name, value in result.items()
                     )
                     print(
-                        f"{options.engine} {options.quantization}, rank {rank} of {world.size}, MiB: {shown}",
+                        f"{options.engine} {options.quantization} {options.dtype}, rank {rank} of {world.size}, "
+                        f"MiB: {shown}",
                         flush=True,
                     )
     finally:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import metatt_scale.plan.weights as weights_module
+from metatt_scale.backbone.source import Source
 from metatt_scale.cli import main
 from metatt_scale.data.batches import deal
 from metatt_scale.plan.layout import lay_out
@@ -165,6 +167,16 @@ def test_offloading_moves_the_shards_to_the_host(capsys):
     moved = on_host["memory"]["weights_on_host"]
     assert moved == on_gpu["memory"]["weights"]["packed"] + on_gpu["memory"]["weights"]["unquantised"]
     assert on_host["memory"]["peak"] == on_gpu["memory"]["peak"] - moved
+    assert on_host["memory"]["host_while_loading"] == on_gpu["memory"]["host_while_loading"] + moved
+
+
+def test_loading_takes_two_layers_on_the_host_and_a_gguf_file_all_of_it(capsys, monkeypatch):
+    two_layers = 2 * 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)  # Llama-2-7b in bf16
+    for options in ([], ["--gpus-per-node", "2"], ["backbone.quantization=none"]):
+        assert planned(capsys, *options)["memory"]["host_while_loading"] == two_layers
+    monkeypatch.setattr(weights_module, "resolve", lambda path: Source(kind="gguf", location=path))
+    whole = planned(capsys, "backbone.quantization=none")["memory"]
+    assert whole["host_while_loading"] == whole["weights"]["unquantised"] + 2 * two_layers  # these in fp32
 
 
 def test_a_deepspeed_file_is_read(capsys, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt, Params4bit
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metatt_scale.backbone.quantised as quantised_module
 from metatt_scale.backbone import load_backbone, quantised_linear
@@ -114,6 +115,35 @@ def test_packing_in_pieces_changes_no_bit(quantization, storage, double, monkeyp
     assert state.keys() == expected.keys() and ours.quant_state is packed.quant_state
     for name, value in expected.items():
         assert torch.equal(state[name], value) if isinstance(value, torch.Tensor) else state[name] == value, name
+
+
+class Calls(TorchDispatchMode):
+    """Counts the tensors that leave the host, and the calls that pack."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = self.packed = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.sent += func is torch.ops.aten._to_copy.default and args[0].is_cpu and not result.is_cpu
+        self.packed += "quantize_4bit" in func.name()
+        return result
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_an_accelerator_gets_a_weight_in_one_copy_and_packs_it_in_one_call(quantization, monkeypatch):
+    """Every copy out of memory that is not pinned blocks the host. The meta device stands for an accelerator."""
+    monkeypatch.setattr(quantised_module, "_PIECE", 1024)
+    recipe = recipe_of(quantization, double_quantization=False)  # which needs a table on the device, once a process
+    linear = nn.Linear(64, 320, bias=False).requires_grad_(False)
+    with Calls() as calls:
+        packed: Any = quantised_linear(linear, recipe, torch.device("meta"))
+    assert packed.weight.is_meta and packed.weight.quant_state.absmax.is_meta
+    assert (calls.sent, calls.packed) == (1, 1)
+    with Calls() as calls:
+        quantised_linear(linear, recipe, CPU)
+    assert (calls.sent, calls.packed) == (0, 20), "on a CPU pieces keep the scratch small"
 
 
 @pytest.mark.parametrize("path", ["folder", "random"])
