@@ -12,7 +12,7 @@ quickstart: $(VENV)/.base
 	$(BIN)/python launch/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -q

@@ -12,9 +12,7 @@ LARGE = {**LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_a_step_takes_what_plan_says(tmp_path, monkeypatch, device, quantization, recompute):
-    monkeypatch.setattr(
-        "metatt_scale.backbone.attention._SHORT", 0
-    )  # matters on a CPU only
+    monkeypatch.setattr("metatt_scale.backbone.attention._SHORT", 0)  # matters on a CPU only
     settings = {"quantization": quantization, "gradient_checkpointing": recompute}
     on_gpu = {"config": LARGE, "examples": 8, "tokens": 512} if device.type == "cuda" else {}
     recipe = make_recipe(tmp_path, backbone=settings, **on_gpu)
