@@ -5,6 +5,7 @@ Each export is a whole folder with a model card, written beside and renamed into
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -20,11 +21,12 @@ from transformers import PreTrainedModel
 
 from metatt_scale.adapter import HeadLinear, merge, peft_config, peft_state, plain_linear, read_head
 from metatt_scale.adapter.saved import CONFIG, HEAD, WEIGHTS
-from metatt_scale.backbone import last_linear
+from metatt_scale.backbone import identity, last_linear
 from metatt_scale.evaluation import read_scores
 from metatt_scale.files import new_folder, write_json, write_text
 from metatt_scale.hardware import pick_device
 from metatt_scale.methods import read_alone
+from metatt_scale.paths import check_no_file_in_the_way, user_path
 from metatt_scale.recipe import INNER_BONDS, Recipe, label_rows
 from metatt_scale.reopen import Reopened, adapter_folder, fingerprint, read_recipe, reopen, run_folder, task_index
 
@@ -64,7 +66,7 @@ def export(
     if to not in FORMATS:
         raise ValueError(f"--to {to!r}: choose one of {', '.join(FORMATS)}")
     source = adapter_folder(path)
-    target = Path(out).expanduser() if out is not None else run_folder(source) / "exports" / to
+    target = user_path(out, "--out") if out is not None else run_folder(source) / "exports" / to
     _check_target(target, replace)
     description, recipe = read_recipe(source, backbone)
     chosen = _chosen_task(recipe, task, to)
@@ -84,6 +86,7 @@ def export(
 
 
 def _check_target(target: Path, replace: bool) -> None:
+    check_no_file_in_the_way(target, "--out")
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already; remove it, choose --out, or pass --replace")
     if target.exists() and not (target / _MARKER).is_file():
@@ -231,10 +234,14 @@ def _label_lines(recipe: Recipe, to: str, task: int | None) -> list[str]:
 
 def _score_lines(results: Path, recipe: Recipe, adapter_sha256: str, task: int | None) -> list[str]:
     """Return the scores on record that are this adapter's and its backbone's, and nobody else's."""
+    recorded = read_scores(results)
+    if not recorded:
+        return ["No scores on record."]
     tasks = range(len(recipe.tasks)) if task is None else [task]
-    known = {fingerprint(recipe, None), *(fingerprint(recipe, adapter_sha256, chosen) for chosen in (None, *tasks))}
+    of = functools.partial(fingerprint, recipe, identity(recipe.backbone))
+    known = {of(None), *(of(adapter_sha256, chosen) for chosen in (None, *tasks))}
     rows = []
-    for label, scores in (read_scores(results) if results.is_file() else {}).items():
+    for label, scores in recorded.items():
         for benchmark, score in scores.items():
             if score.key.get("fingerprint") in known:
                 for metric in score.samples:

@@ -12,12 +12,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from metatt_scale.paths import user_home, user_path
+
 
 def cache_folder() -> Path:
-    """Return the user's cache folder of this toolkit (`METATT_CACHE`, else XDG, else ~/.cache)."""
-    chosen = os.environ.get("METATT_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else base / "metatt_scale"
+    """Return the user's cache folder of this toolkit (`METATT_CACHE`, else XDG, else ~/.cache).
+
+    Raises:
+        ValueError: no variable names one, and the user has no home folder.
+    """
+    if chosen := os.environ.get("METATT_CACHE"):
+        return user_path(chosen, "METATT_CACHE")
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(base, "XDG_CACHE_HOME") / "metatt_scale"
+    return user_home("set METATT_CACHE to a folder for cached files") / ".cache" / "metatt_scale"
 
 
 def sha256(path: str | Path) -> str:

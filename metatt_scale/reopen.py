@@ -15,7 +15,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metatt_scale.adapter import Adapter, adapter_folder, read_description
-from metatt_scale.backbone import Engine, identity, is_other, load_backbone, load_tokenizer
+from metatt_scale.backbone import Engine, check_unchanged, identity, is_other, load_backbone, load_tokenizer
 from metatt_scale.methods import reload_adapter
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training import TrainedRun
@@ -36,6 +36,8 @@ class Reopened:
     description: dict[str, Any]
     folder: Path
     """The adapter folder."""
+    weights: str
+    """Identity of the backbone's weights, as they were loaded."""
 
     @classmethod
     def of_run(cls, run: TrainedRun, recipe: Recipe) -> Reopened:
@@ -48,6 +50,7 @@ class Reopened:
             recipe=recipe,
             description=read_description(folder),
             folder=folder,
+            weights=run.weights,
         )
 
     @property
@@ -91,12 +94,19 @@ def task_index(recipe: Recipe, name: str | None) -> int | None:
     return list(recipe.tasks).index(name)
 
 
-def fingerprint(recipe: Recipe, adapter_sha256: str | None, task: int | None = None) -> str:
-    """Return a hash of everything that decides the outputs of a backbone, with or without an adapter."""
+def fingerprint(recipe: Recipe, weights: str, adapter_sha256: str | None, task: int | None = None) -> str:
+    """Return a hash of everything that decides the outputs of a backbone, with or without an adapter.
+
+    Args:
+        recipe: the run's.
+        weights: identity of the backbone's weights.
+        adapter_sha256: hash of the adapter's; None of the frozen backbone.
+        task: place of the task whose weights are meant.
+    """
     decides: dict[str, Any] = {"backbone": recipe.backbone.model_dump(mode="json"), "seed": recipe.seed}
     for key in ("path", "gradient_checkpointing", "trust_remote_code"):
         decides["backbone"].pop(key)
-    decides |= {"weights": identity(recipe.backbone), "adapter": adapter_sha256}
+    decides |= {"weights": weights, "adapter": adapter_sha256}
     if task is not None:
         decides["task"] = task
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -120,14 +130,22 @@ def reopen(
     """
     folder = adapter_folder(path)
     description, recipe = read_recipe(folder, backbone)
+    weights = identity(recipe.backbone, lambda text: console.print(text, highlight=False, soft_wrap=True))
     with console.status(f"loading {escape(recipe.backbone.path)}"):
         tokenizer = load_tokenizer(recipe.backbone)
         model = load_backbone(recipe.backbone, device, recipe.seed, engine, recipe.head_outputs)
+    check_unchanged(recipe.backbone, weights)
     adapter = reload_adapter(folder, model, recipe, device)
     known = description.get("base_model_weights")
     if isinstance(known, str) and is_other(recipe.backbone, known):
         text = f"{recipe.backbone.path} has other weights than the model this adapter was trained on, {known}"
         console.print(text, style="yellow", highlight=False, soft_wrap=True)
     return Reopened(
-        model=model, tokenizer=tokenizer, adapter=adapter, recipe=recipe, description=description, folder=folder
+        model=model,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        recipe=recipe,
+        description=description,
+        folder=folder,
+        weights=weights,
     )

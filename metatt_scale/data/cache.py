@@ -17,10 +17,11 @@ from metatt_scale.data.records import Fields, OpenSource, open_source, read_reco
 from metatt_scale.data.sentences import tokenize_sentences
 from metatt_scale.data.tokens import Progress, TokenTable, tokenize_records
 from metatt_scale.files import cache_folder, new_folder, sha256, write_json
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import DataRecipe, DataSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 _VERSION = 1  # of the files and of the rules that fill them: raise it when either changes
@@ -57,7 +58,7 @@ def tokenize_source(
         fields = Fields(recipe.text_fields, recipe.label_field, classes)
     parts = _key_parts(opened, source, recipe, tokenizer, fields)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    root = Path(recipe.cache_dir).expanduser() if recipe.cache_dir else cache_folder() / "tokens"
+    root = user_path(recipe.cache_dir, "data.cache_dir") if recipe.cache_dir else cache_folder() / "tokens"
     folder = root / key
     found = _read_entry(folder)
     if found is not None:
@@ -81,7 +82,7 @@ def tokenize_source(
     return found
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of everything in a tokenizer that decides ids.
 
     Truncation and padding are left out: they are settings of the last call, and this package does both itself.

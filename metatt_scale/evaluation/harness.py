@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metatt_scale.data.cache import tokenizer_identity
 from metatt_scale.evaluation import tasks as definitions
 from metatt_scale.evaluation.generate import evaluation_mode
 from metatt_scale.evaluation.llm_adapters import PREFIX, generated_answers, read_questions, task_keys
@@ -66,6 +67,8 @@ def evaluate(
     generated = [task for task in wanted if task.startswith(PREFIX)]
     keys = task_keys(generated, settings, fingerprint)
     keys |= {task: _key(task, settings, fingerprint) for task in wanted if task not in keys}
+    ids = tokenizer_identity(tokenizer)
+    keys = {task: {**key, "tokenizer": ids} for task, key in keys.items()}
     scores = _known(results, label, keys, world)
     pending = [task for task in wanted if task not in scores]
     with quiet_harness(), task_progress(len(pending), shown=world.is_first) as start, evaluation_mode(model):

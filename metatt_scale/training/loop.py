@@ -69,6 +69,8 @@ class Trainer:
     folder: Path
     console: Console
     """Silent on all ranks but the first."""
+    weights: str = ""
+    """Identity of the backbone's weights, as they were loaded; empty where it is not known."""
     head: Mapping[str, Tensor] = field(default_factory=dict)
     """A classifier's frozen head, whole."""
     progress: RunState = field(default_factory=RunState)

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from metatt_scale import __version__
 from metatt_scale.adapter import Adapter, save_adapter, set_head
 from metatt_scale.backbone import (
+    check_unchanged,
     compile_layers,
     head_tensors,
     identity,
+    identity_by_ends,
     load_backbone,
     load_tokenizer,
 )
@@ -39,6 +41,7 @@ from metatt_scale.parallel import (
     place_in_world,
     read_launch,
 )
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import Recipe, dump_recipe
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import Snapshot
@@ -66,6 +69,8 @@ class TrainedRun:
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter
     folder: Path
+    weights: str
+    """Identity of the backbone's weights, as they were loaded."""
 
 
 def train(recipe: Recipe, console: Console) -> TrainedRun:
@@ -78,7 +83,7 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         TrainingStopped: a signal arrived and the state is saved.
         OtherRankError: rank 0 failed and tells why.
     """
-    folder = Path(recipe.output_dir).expanduser()
+    folder = user_path(recipe.output_dir, "output_dir")
     launch, place = read_launch(recipe.parallel), place_in_world()
     device = pick_device(recipe.device, console, recipe.backbone.dtype)
     check_engine(launch, recipe, size=place.size, local_size=place.local_size, device=device)
@@ -93,14 +98,15 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
         if launch.note:
             console.print(launch.note, style="yellow", highlight=False, soft_wrap=True)
         tokenizer = load_tokenizer(recipe.backbone)
-        # Before the ranks meet: tokenising may take long, and a rank that waits in a collective gives up some time.
+        # Before the ranks meet: both may take long, and a rank that waits in a collective gives up some time.
         data = _prepare(recipe, tokenizer, console)
+        weights = identity(recipe.backbone, lambda text: console.print(text, highlight=False, soft_wrap=True))
         check_length(recipe, data)
         check_scores(recipe, data)
         timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
         sharded, offload = launch.strategy != "replicate", recipe.parallel.cpu_offload
         with join(device, timeout, group=sharded, cpu_tensors=offload) as world:
-            trainer = _assemble(recipe, folder, console, world, launch, data, tokenizer)
+            trainer = _assemble(recipe, folder, console, world, launch, data, tokenizer, weights)
             _resume(trainer)
             world.on_first(lambda: write_text(folder / RECIPE_FILE, RECIPE_HEAD + dump_recipe(recipe)))
             trainer.train()
@@ -109,7 +115,9 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
             check_result(trainer.adapter, trainer.progress)
             world.on_first(lambda: _write_adapter(folder / "adapter", trainer))
     console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
-    return TrainedRun(model=trainer.model, tokenizer=tokenizer, adapter=trainer.adapter, folder=folder)
+    return TrainedRun(
+        model=trainer.model, tokenizer=tokenizer, adapter=trainer.adapter, folder=folder, weights=weights
+    )
 
 
 def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> PreparedData:
@@ -132,16 +140,16 @@ def _assemble(
     launch: Launch,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
+    weights: str,
 ) -> Trainer:
     """Load the backbone, put the chain behind it, and build the trainer."""
-    weights = identity(recipe.backbone)
-    inputs = hashlib.sha256(f"{data.digest} {weights}".encode()).hexdigest()
     _check_agreement(world, recipe, data, weights)
     with console.status("loading the backbone"):
         engine = make_engine(world, launch, recipe)
         model = load_backbone(
             recipe.backbone, world.device, recipe.seed, engine, recipe.head_outputs, head_start(recipe, data)
         )
+    check_unchanged(recipe.backbone, weights)
     check_trainable(model, data)
     resumes, _ = world.from_first(lambda: (bool(checkpoint.list_checkpoints(folder / "checkpoints")), {}))
     adapter = build_adapter(model, recipe, world, engine, resumes=bool(resumes))
@@ -154,7 +162,8 @@ def _assemble(
         model=model,
         adapter=adapter,
         data=data,
-        inputs=inputs,
+        inputs=_inputs(data, weights),
+        weights=weights,
         pad_token_id=_pad_id(tokenizer),
         head=head_tensors(model) if frozen_head else {},
         world=world,
@@ -165,6 +174,10 @@ def _assemble(
     if recipe.backbone.compile:
         compile_layers(model)  # not before: the trainer tries the model, on inputs that are not worth a compilation
     return trainer
+
+
+def _inputs(data: PreparedData, weights: str) -> str:
+    return hashlib.sha256(f"{data.digest} {weights}".encode()).hexdigest()
 
 
 def _check_agreement(world: World, recipe: Recipe, data: PreparedData, weights: str) -> None:
@@ -219,7 +232,8 @@ def _put_head(trainer: Trainer, head: dict[str, torch.Tensor]) -> None:
 
 def _check_origin(trainer: Trainer, path: str, snapshot: Snapshot) -> None:
     """Refuse a checkpoint of other inputs, and, where exactness is asked for, of another machinery."""
-    if snapshot.inputs != trainer.inputs:
+    # Earlier versions kept a hash of the ends of the weights' files.
+    if snapshot.inputs not in (trainer.inputs, _inputs(trainer.data, identity_by_ends(trainer.recipe.backbone))):
         raise ValueError(
             f"{path}: the records or the backbone's weights are not those it was made with, though the recipe is; "
             "use another output_dir, or bring them back"
@@ -268,7 +282,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     best = recipe.training.keep == "best" and progress.best_step is not None
     return {
         "base_model": recipe.backbone.path,
-        "base_model_weights": identity(recipe.backbone),
+        "base_model_weights": trainer.weights,
         "kind": recipe.adapter.kind,
         "step": progress.best_step if best else progress.step,
         "best_loss": progress.best_loss,

@@ -61,7 +61,7 @@ def test_the_card_says_where_the_model_comes_from(trained_run, tmp_path):
     description, recipe = read_recipe(run.folder / "adapter")
     samples = {"acc": "1101", "acc_norm": "1000"}
     for task, adapter in (("boolq", description["weights_sha256"]), ("piqa", "of another adapter")):
-        key: Key = {"fingerprint": fingerprint(recipe, adapter)}
+        key: Key = {"fingerprint": fingerprint(recipe, run.weights, adapter)}
         score = TaskScore(metric="acc", samples=samples, key=key, seconds=1.0)
         record(run.folder / "results.json", "fine_tuned", task, score)
     try:

@@ -152,9 +152,9 @@ def test_other_weights_of_the_same_shapes_are_noticed(tmp_path, caplog):
     recipe = toy_recipe(tmp_path, adapter=start)
     (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA, "initializer_range": 0.1}))
     make_trainer(recipe)
-    assert "that chain was trained on other weights (random " in caplog.text
+    assert "that chain was trained on other weights (random-sha256 " in caplog.text
     reopen(first.folder, console, CPU)
-    assert "has other weights than the model this adapter was trained on, random " in said(console)
+    assert "has other weights than the model this adapter was trained on, random-sha256 " in said(console)
 
 
 def test_a_run_of_another_kind_or_without_names_for_its_labels_is_refused(tmp_path):
