@@ -35,10 +35,11 @@ from metatt_scale.ending import (
     which_rank,
 )
 from metatt_scale.libraries import quiet_libraries
+from metatt_scale.paths import path_argument
 from metatt_scale.plan.command import add_arguments as add_plan_arguments
 from metatt_scale.plan.command import run as run_plan
 from metatt_scale.process import set_process_defaults
-from metatt_scale.recipe import EvaluationRecipe, RecipeError, load_recipe, only_language_models
+from metatt_scale.recipe import EvaluationRecipe, RecipeError, check, load_recipe, only_language_models
 from metatt_scale.report.command import add_report
 from metatt_scale.study.command import add_study
 
@@ -163,7 +164,9 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="score a run with lm-evaluation-harness")
     _add_run(evaluate)
     evaluate.add_argument("--tasks", help="comma-separated task names; those of the recipe when absent")
-    evaluate.add_argument("--data", help="folder of local task files; the hub when absent here and in the recipe")
+    evaluate.add_argument(
+        "--data", type=path_argument, help="folder of local task files; the hub when absent here and in the recipe"
+    )
     evaluate.add_argument("--limit", type=int, help="questions per task")
     evaluate.add_argument("--batch-size", type=int, help="sequences per forward")
     _add_task(evaluate)
@@ -176,7 +179,7 @@ def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write a LoRA, merged or metatt folder")
     _add_run(export)
     export.add_argument("--to", required=True, choices=("lora", "merged", "metatt"))
-    export.add_argument("--out", help="target folder; RUN/exports/FORMAT when absent")
+    export.add_argument("--out", type=path_argument, help="target folder; RUN/exports/FORMAT when absent")
     export.add_argument(
         "--merge-base",
         choices=("original", "dequantised"),
@@ -190,7 +193,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML file, see recipes/")
+    parser.add_argument("recipe", type=path_argument, help="YAML file, see recipes/")
     # With a default, or argparse would name them among the arguments that are required and missing.
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="dotted.key=value", help="e.g. training.max_steps=100"
@@ -208,8 +211,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_or_adapter", metavar="RUN", help="run directory or adapter folder")
-    parser.add_argument("--backbone", help="where the backbone is, if not where the run found it")
+    parser.add_argument("run_or_adapter", metavar="RUN", type=path_argument, help="run directory or adapter folder")
+    parser.add_argument("--backbone", type=path_argument, help="where the backbone is, if not where the run found it")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code of the backbone's repository"
     )
@@ -273,14 +276,14 @@ def _evaluate(options: Namespace) -> int:
 def _evaluation_settings(options: Namespace, recipe: EvaluationRecipe) -> EvaluationRecipe:
     given = {"data": options.data, "limit": options.limit, "batch_size": options.batch_size}
     if options.tasks is not None:
-        given["tasks"] = tuple(task.strip() for task in options.tasks.split(",") if task.strip())
-    merged = {**recipe.model_dump(), **{key: value for key, value in given.items() if value is not None}}
+        given["tasks"] = [task.strip() for task in options.tasks.split(",") if task.strip()]
+    merged = {**recipe.model_dump(mode="json"), **{key: value for key, value in given.items() if value is not None}}
     if not merged["tasks"]:
         raise ValueError("no tasks: name some with --tasks, for example --tasks boolq,piqa")
     for key in ("limit", "batch_size"):
         if merged[key] is not None and merged[key] < 1:
             raise ValueError(f"--{key.replace('_', '-')} is {merged[key]}; it must be at least 1")
-    return EvaluationRecipe(**merged)
+    return check(merged, "evaluate", EvaluationRecipe)
 
 
 def _export(options: Namespace) -> int:
@@ -308,19 +311,20 @@ def _plan(options: Namespace) -> int:
 
 def _generate(options: Namespace) -> int:
     _one_process("generate")
-    from metatt_scale.evaluation.generate import generate
+    from metatt_scale.evaluation.generate import check_limits, generate
     from metatt_scale.hardware import pick_device
     from metatt_scale.reopen import adapter_folder, read_recipe, reopen, task_index
 
     recipe = read_recipe(adapter_folder(options.run_or_adapter))[1]
     only_language_models(recipe, "generate")
+    limits = options.max_new_tokens, options.temperature
+    check_limits(*limits)
     console = _console(stderr=True)  # stdout is the text alone
     device = pick_device(options.device, console, recipe.backbone.dtype)
     opened = reopen(options.run_or_adapter, console, device, _backbone(options))
     opened.adapter.enabled = not options.backbone_only
     opened.adapter.task = task_index(opened.recipe, options.task)
     opened.adapter.one_task()  # or says that one has to be chosen
-    limits = options.max_new_tokens, options.temperature
     print(generate(opened.model, opened.tokenizer, options.prompt, device, *limits))
     return 0
 

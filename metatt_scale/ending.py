@@ -86,11 +86,26 @@ def out_of_memory(error: RuntimeError | MemoryError) -> str | None:
     )
 
 
+_REMEDIES = {
+    errno.ENAMETOOLONG: "a name takes 255 bytes and a path 4095: choose a shorter one",
+    errno.EEXIST: "it is in the way of what would be written there; remove it, or choose another path",
+    errno.ENOTDIR: "a file is in the way of a folder on this path; remove it, or choose another path",
+}
+
+
+def _shown(filename: object) -> str:
+    """Return a path, cut to what a person reads."""
+    text = os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
+    return text if len(text) < 300 else f"{text[:297]}..."
+
+
 def message_of(error: Exception) -> str:
     """Return an error in one line, with the remedy where the disk is full."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
-    where = f"{error.filename}: " if error.filename else ""
+    where = f"{_shown(error.filename)}: " if error.filename else ""
+    if error.errno in _REMEDIES:
+        return f"{where}{error.strerror}; {_REMEDIES[error.errno]}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "make room and start the same command again (a run goes on from its newest checkpoint)"
         return f"{where}{error.strerror}; {remedy}"

@@ -24,6 +24,7 @@ from metatt_scale.adapter.leaves import Leaves
 from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order
 from metatt_scale.adapter.targets import Target, TargetMap, is_linear, widths
 from metatt_scale.files import save_tensors, sha256, write_json
+from metatt_scale.paths import user_path
 
 CONFIG, WEIGHTS, HEAD = "metatt.json", "metatt.safetensors", "head.safetensors"
 _FORMAT = 1
@@ -66,7 +67,7 @@ def adapter_folder(path: str | Path) -> Path:
     Raises:
         ValueError: neither.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     for candidate in (path / "adapter", path):
         if (candidate / CONFIG).is_file():
             return candidate

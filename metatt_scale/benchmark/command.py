@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from argparse import Namespace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from metatt_scale.benchmark.settings import Settings, read_settings
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import Recipe, only_chains, only_language_models
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _json_file(options: Namespace) -> Path:
         return Path(f"benchmark_{options.table}_{time.strftime('%Y%m%d-%H%M%S')}.json")
     if not options.json.strip():
         raise ValueError(f"--json is {options.json!r}; give the name of a file, for example {options.table}.json")
-    return Path(os.path.expanduser(options.json))
+    return user_path(options.json, "--json")
 
 
 def _check_place(file: Path, given: str | None) -> None:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass, fields
 from typing import Any
 
+from metatt_scale.paths import path_argument
 from metatt_scale.recipe import Recipe
 
 TABLES = {
@@ -66,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("new_tokens", "tokens to generate", type=int, metavar="N")
     add("ranks", "TT-ranks", metavar="R,R,...")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where it is measured (the recipe's `device`)")
-    parser.add_argument("--json", metavar="FILE", help="where the raw numbers go (benchmark_TABLE_TIME.json)")
+    parser.add_argument(
+        "--json", type=path_argument, metavar="FILE", help="where the raw numbers go (benchmark_TABLE_TIME.json)"
+    )
 
 
 def settings_of(table: str, settings: Settings, recipe: Recipe, **more: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import numpy as np
 
 from metatt_scale.files import sha256
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import DataSource
 
 Format = Literal["instruction", "chat", "text", "sentences"]
@@ -54,7 +55,7 @@ def open_source(source: DataSource) -> OpenSource:
     Raises:
         ValueError: nothing is there, it is of no known kind, or the hub cannot deliver it.
     """
-    path = Path(source.path).expanduser()
+    path = user_path(source.path, "data source")
     if path.exists():
         if source.subset is not None:
             raise ValueError(

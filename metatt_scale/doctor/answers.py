@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from metatt_scale.doctor.line import one_line
 from metatt_scale.doctor.nvml import read_driver
 from metatt_scale.files import cache_folder
+from metatt_scale.paths import user_home, user_path
 
 if TYPE_CHECKING:
     from metatt_scale.hardware import Hardware
@@ -43,9 +44,10 @@ def _hub_cache() -> Path:
     """Return where huggingface_hub keeps models, by its own rule and without importing it."""
     for name, inside in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
         if value := os.environ.get(name):
-            return Path(os.path.expandvars(value)).expanduser() / inside
+            return user_path(os.path.expandvars(value), name) / inside
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "huggingface" / "hub"
+    cache = user_path(base, "XDG_CACHE_HOME") if base else user_home("set HF_HOME to a folder for models") / ".cache"
+    return cache / "huggingface" / "hub"
 
 
 def _read_folder(find: Callable[[], Path]) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def _read_folder(find: Callable[[], Path]) -> dict[str, Any]:
         inodes = disk.f_favail if disk.f_files else None  # btrfs makes them as needed and counts none
         room = {"free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize, "inodes": inodes}
         return {"path": str(path), **room, "refusal": _why_not_writable(nearest)}
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+    except (OSError, ValueError) as error:  # ValueError: no home folder
         return {"path": None if path is None else str(path), "refusal": one_line(error)}
 
 

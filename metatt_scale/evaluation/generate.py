@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_COLDEST, _HOTTEST = 0.001, 100
+"""Temperatures beyond which logits overflow in half precision, or every token is as likely as any other."""
+
 
 def generate(
     model: PreTrainedModel,
@@ -23,6 +26,20 @@ def generate(
     """Return what the model, which computes on `device`, writes after `prompt`; greedily at temperature 0."""
     ids = list(tokenizer(prompt)["input_ids"])
     return continue_tokens(model, tokenizer, [ids], device, max_new_tokens, temperature)[0]
+
+
+def check_limits(max_new_tokens: int, temperature: float) -> None:
+    """Refuse what no text can be generated with, before a model is loaded.
+
+    Raises:
+        ValueError: less than one token, or a temperature out of range.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not (temperature == 0 or _COLDEST <= temperature <= _HOTTEST):
+        raise ValueError(
+            f"temperature is {temperature}; it must be 0, which decodes greedily, or from {_COLDEST} to {_HOTTEST}"
+        )
 
 
 def continue_tokens(
@@ -47,15 +64,11 @@ def continue_tokens(
         in_step: keep all ranks of a job at it until the last one has finished its text; a sharded model needs them.
 
     Raises:
-        ValueError: an empty prompt, no room for a new token, or a negative temperature.
+        ValueError: an empty prompt, no room for a new token, or a temperature out of range.
     """
     import torch
 
-    if max_new_tokens < 1 or not (temperature == 0 or 1e-3 <= temperature <= 100):
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; "
-            "the first must be at least 1, the second at least 0"
-        )
+    check_limits(max_new_tokens, temperature)
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least one token to continue")
     # Padding by hand leaves the caller's tokenizer as it is, also where it has no padding token.

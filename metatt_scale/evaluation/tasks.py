@@ -16,6 +16,7 @@ from typing import Any
 import metatt_scale
 from metatt_scale.data.records import Record, open_source
 from metatt_scale.files import sha256
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import DataSource
 
 TASKS_FOLDER = Path(metatt_scale.__file__).resolve().parents[1] / "recipes" / "tasks"
@@ -28,7 +29,7 @@ def data_file(folder: str | Path, task: str) -> Path:
     Raises:
         ValueError: there is neither, or no such folder.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder, "`evaluation.data`")
     for path in (folder / f"{task}.jsonl", folder / f"{task}.jsonl.gz"):
         if path.is_file():
             return path

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import ParallelRecipe, RecipeError
 
 Strategy = Literal["replicate", "fsdp2", "zero3"]
@@ -140,7 +140,7 @@ def _is_on(name: str) -> bool:
 
 def _read_config(file: str) -> dict[str, Any]:
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
+        text = user_path(file, "parallel.deepspeed_config").read_text(encoding="utf-8")
         config = json.loads(text, parse_constant=_refuse_constant)
         if not isinstance(config, dict):
             raise TypeError("not an object")

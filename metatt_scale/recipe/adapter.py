@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from metatt_scale.recipe.section import Section
+from metatt_scale.recipe.section import PathText, Section
 
 Rank = int | tuple[int, ...]
 INNER_BONDS = {"metatt_4d": 3, "metatt_5d": 4, "metatt_4p1d": 4, "metatt_5p1d": 5, "lotr": 2, "lorta": 4}
@@ -150,7 +150,7 @@ class AdapterRecipe(Section):
     allow_nonzero_start: bool = False
     """Accept an initialisation whose chain is not zero, so that training does not start at the frozen model."""
 
-    start_from: str | None = Field(default=None, min_length=1)
+    start_from: PathText | None = Field(default=None, min_length=1)
     """Run directory or adapter folder whose chain this run goes on with, in its own recipe: on the same tasks or more
     (a new one starts from the mean of the slices there are), on the same targets and ranks. `init` has no say then.
     The folder is read once, at the start."""

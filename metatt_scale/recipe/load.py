@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from metatt_scale.paths import user_path
 from metatt_scale.recipe.explain import explain, show
 from metatt_scale.recipe.schema import Recipe
 
@@ -123,7 +124,10 @@ def read_mapping(path: str | Path, kind: str, key: str) -> dict[str, Any]:
     Raises:
         RecipeError: unreadable file, or no keys and values.
     """
-    path = Path(path)
+    try:
+        path = user_path(path, kind)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     data = parse_yaml(_read(path, kind), str(path))
     if not isinstance(data, dict):
         found = "empty" if data is None else _kind(data)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from metatt_scale.recipe.section import Section
+from metatt_scale.recipe.section import PathText, Section
 
 OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("spearman", "pearson")
 """Scores of each kind of label; the first is the headline unless another is asked for."""
@@ -28,7 +28,7 @@ class Labels(Section):
 
     @model_validator(mode="after")
     def _check_metric(self) -> Labels:
-        if self.metric is not None and self.metric not in self.scores:
+        if self.labels is not None and self.metric is not None and self.metric not in self.scores:
             kind = "numbers (`labels` is 1)" if self.is_regression else f"{self.labels} classes"
             raise ValueError(f"`metric` is {self.metric}, but {kind} are scored by {', '.join(self.scores)}")
         return self
@@ -80,9 +80,9 @@ class ClassifierRecipe(Labels):
 class DataSource(Section):
     """One place records are read from."""
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """`.json`, `.jsonl`, either with `.gz`, a folder of such files, or a hub id."""
-    subset: str | None = Field(default=None, min_length=1)
+    subset: PathText | None = Field(default=None, min_length=1)
     """Configuration of a hub data set that has several, such as `mrpc` of nyu-mll/glue."""
     split: str = "train"
     """Split of a hub data set (ignored for files)."""
@@ -156,7 +156,7 @@ class DataRecipe(Section):
     """Take the loss on prompts as well, not on answers only."""
     on_bad_record: Literal["error", "skip"] = "error"
     """A record that cannot be read stops the run with file and line, or is skipped and counted."""
-    cache_dir: str | None = Field(default=None, min_length=1)
+    cache_dir: PathText | None = Field(default=None, min_length=1)
     """Folder of tokenised data; the user's cache folder when absent."""
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from metatt_scale.recipe.adapter import DIAGONAL, INNER_BONDS, AdapterRecipe, check_ranks
 from metatt_scale.recipe.records import ClassifierRecipe, DataRecipe, Labels, TaskName, TaskRecipe
 from metatt_scale.recipe.scores import evaluation_keys, headline
-from metatt_scale.recipe.section import Section
+from metatt_scale.recipe.section import PathText, Section
 from metatt_scale.recipe.sweep import SweepRecipe
 from metatt_scale.recipe.tasks import check_tasks
 
@@ -21,12 +21,12 @@ from metatt_scale.recipe.tasks import check_tasks
 class BackboneRecipe(Section):
     """The frozen model that is adapted."""
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """Hub id, local folder, `.gguf` file, `package:NAME` (a GGUF file, or a folder with config.json and safetensors,
     inside an installed Python package), or `random:ARCHITECTURE` (random weights of a shipped or given config JSON;
     for tests and measurements). Safetensors are loaded layer by layer; a GGUF file is unpacked whole in the host
     memory of every process."""
-    revision: str | None = None
+    revision: PathText | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the unquantised weights and of the computation."""
@@ -131,7 +131,7 @@ class ParallelRecipe(Section):
     cpu_offload: bool = False
     """Keep the shards in host memory and copy each layer to the GPU when it is due (FSDP2; ZeRO-3 has
     ds_configs/zero3_offload_cpu.json)."""
-    deepspeed_config: str | None = Field(default=None, min_length=1)
+    deepspeed_config: PathText | None = Field(default=None, min_length=1)
     """DeepSpeed JSON for `zero3` (see ds_configs/); values that are "auto" come from this recipe. That of the
     launcher, or plain ZeRO-3, when absent."""
     check_replicas_every: int = Field(default=100, ge=1)
@@ -166,9 +166,9 @@ class ParallelRecipe(Section):
 class EvaluationRecipe(Section):
     """Scores after training."""
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[PathText, ...] = ()
     """lm-evaluation-harness task names; with `data` they are read from local files (recipes/tasks)."""
-    data: str | None = None
+    data: PathText | None = Field(default=None, min_length=1)
     """Folder of local task files (`TASK.jsonl` or `TASK.jsonl.gz`); the harness fetches from the hub when absent."""
     limit: int | None = Field(default=None, ge=1)
     """Questions per task; all when absent."""
@@ -190,7 +190,7 @@ class LoggingRecipe(Section):
 class Recipe(Section):
     """One fine-tuning run, from the model to the scores."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: PathText = Field(min_length=1)
     """Run directory: recipe.yaml, metrics.jsonl, checkpoints/, adapter/, results.json."""
     seed: int = Field(default=42, ge=0)
     """Seed of the initialisation, of the data order and of dropout."""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from metatt_scale.paths import usable_path
+
+PathText = Annotated[str, AfterValidator(usable_path)]
+"""A path, or a name that becomes part of one. `~` stays: whose home is meant depends on the machine."""
 
 
 class Section(BaseModel):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from metatt_scale.files import new_folder
+from metatt_scale.paths import check_no_file_in_the_way, path_argument, user_path
 from metatt_scale.report import MARK
 
 if TYPE_CHECKING:
@@ -23,9 +24,15 @@ def add_report(commands: Any) -> None:
     """Add `report` to the commands of the command line."""
     parser = commands.add_parser("report", help="runs as one page of curves, spectra and gradients")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory; those that differ in seed are averaged"
+        "runs",
+        nargs="+",
+        type=path_argument,
+        metavar="RUN",
+        help="run directory; those that differ in seed are averaged",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="where it goes; RUN/report, for several runs ./report")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FOLDER", help="where it goes; RUN/report, for several runs ./report"
+    )
     parser.add_argument("--label", nargs="+", metavar="NAME", help="names of the groups, in the order of the runs")
     parser.set_defaults(run=run)
 
@@ -36,8 +43,8 @@ def run(options: Namespace) -> int:
     Raises:
         ValueError: no runs, labels that do not fit, a folder that holds something else, or no matplotlib.
     """
-    folder = Path(options.out or (Path(options.runs[0]) / _FOLDER if len(options.runs) == 1 else _FOLDER))
-    folder = folder.expanduser().resolve()
+    beside = Path(options.runs[0]) / _FOLDER if len(options.runs) == 1 else _FOLDER
+    folder = user_path(options.out or beside, "--out").resolve()
     _check_folder(folder)
     from metatt_scale.report.groups import make_groups
     from metatt_scale.report.runs import read_runs
@@ -65,6 +72,7 @@ def _write(folder: Path, text: str, drawn: list[Picture]) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Refuse to replace anything but an earlier report."""
+    check_no_file_in_the_way(folder, "--out")
     inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not inside:
         return

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import Recipe, load_recipe
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
@@ -132,7 +133,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """
     runs: dict[Path, Run] = {}
     for path in paths:
-        run = _read_run(Path(path).expanduser())
+        run = _read_run(user_path(path))
         if run.folder.resolve() in runs:
             raise ValueError(f"{path} is given twice, which would count it twice; leave one out")
         runs[run.folder.resolve()] = run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import STEP_NUMBERS, DataSource, Recipe, RecipeError
 from metatt_scale.study.runs import OWN_KEYS, OpenStudy, Run, resolve
 from metatt_scale.study.schema import HEADLINE
@@ -124,7 +125,7 @@ def _check_apart(opened: OpenStudy, trial: Recipe, reported: Run, path: Path) ->
 
 def _meet(one: DataSource, other: DataSource) -> bool:
     """Return whether two sources may share records, however they are spelt: a file has no splits, a hub id has."""
-    places = [Path(source.path).expanduser().resolve() for source in (one, other)]
+    places = [user_path(source.path, "data source").resolve() for source in (one, other)]
     if any(path.suffix in (".json", ".jsonl", ".gz") or path.exists() for path in places):
         first, second = places
         return first == second or first in second.parents or second in first.parents

@@ -20,6 +20,7 @@ from rich.console import Console
 from metatt_scale.ending import DIVERGED, SIGNALS
 from metatt_scale.files import write_text
 from metatt_scale.gpus import least_used, visible_gpus
+from metatt_scale.paths import check_no_file_in_the_way, path_argument
 from metatt_scale.study.agenda import Agenda, agenda_of, unused
 from metatt_scale.study.children import Child, MakeCommands, commands_of, read_machine, seconds_spent
 from metatt_scale.study.opening import open_study
@@ -36,7 +37,7 @@ _STOPPED = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM)
 def add_study(commands: Any) -> None:
     """Add the command to those of the command line."""
     study = commands.add_parser("study", help="arms x seeds over a recipe, into one table; goes on where it stopped")
-    study.add_argument("study", help="YAML file, see studies/")
+    study.add_argument("study", type=path_argument, help="YAML file, see studies/")
     study.add_argument(
         "--budget-minutes",
         type=float,
@@ -277,6 +278,7 @@ def _only_study(opened: OpenStudy) -> Iterator[None]:
 
 
 def _hold(what: Path, lock: Path, held: ExitStack) -> None:
+    check_no_file_in_the_way(lock.parent, str(what))
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         held.enter_context(FileLock(lock, timeout=0))

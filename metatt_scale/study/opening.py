@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+from metatt_scale.paths import user_path
 from metatt_scale.recipe import RecipeError, check, read_mapping
 from metatt_scale.study.checks import check_study
 from metatt_scale.study.runs import OpenStudy, file_name, override_of
@@ -18,16 +19,16 @@ def open_study(path: str | Path) -> OpenStudy:
     Raises:
         RecipeError: unknown key, wrong type or contradiction in the study file, the recipe or the overrides.
     """
-    path = Path(path)
+    path = user_path(path)
     study = check(read_mapping(path, "study", "recipe"), str(path), Study)
     name = study.name or path.stem
     rows = _rows(study, path)
-    columns = {column: path.parent / recipe for column, recipe in study.recipes.items()}
+    columns = {column: path.parent / user_path(recipe, "`recipes`") for column, recipe in study.recipes.items()}
     opened = OpenStudy(
         study=study,
-        recipes=columns or {"": path.parent / study.recipe},
+        recipes=columns or {"": path.parent / user_path(study.recipe, "`recipe`")},
         results=path.parent / "results" / f"{name}.jsonl",
-        runs=Path(study.runs_dir or f"runs/studies/{name}").expanduser(),
+        runs=user_path(study.runs_dir or f"runs/studies/{name}", "`runs_dir`"),
         rows=tuple(rows),
         arms=_arms(study, rows),
     )

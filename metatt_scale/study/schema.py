@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from metatt_scale.recipe.scores import is_loss
+from metatt_scale.recipe.section import PathText
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
@@ -77,9 +78,9 @@ class Study(_Section):
 
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][\w.-]*)?$")
     """Name of the results; that of the study file when absent."""
-    recipe: str = ""
+    recipe: PathText = ""
     """Recipe that all runs start from, relative to the study file; or `recipes`."""
-    recipes: dict[Name, Annotated[str, Field(min_length=1)]] = {}
+    recipes: dict[Name, Annotated[PathText, Field(min_length=1)]] = {}
     """Several recipes by the names of their columns; every arm is run, and chooses, on each."""
     columns: dict[str, tuple[str, ...]] = {}
     """Overrides of every run in a column, after those of `base` and before the arm's."""
@@ -100,7 +101,7 @@ class Study(_Section):
     jobs: int = Field(default=1, ge=1, le=64)
     """Runs at a time; they share the machine's memory. Each sees one GPU, and where there are fewer GPUs than runs at
     a time some share one."""
-    runs_dir: str = ""
+    runs_dir: PathText = ""
     """Folder of the run directories, relative to the working folder; runs/studies/NAME when absent."""
 
     @model_validator(mode="after")
