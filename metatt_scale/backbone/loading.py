@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from metatt_scale.backbone.source import Source, first_line, resolve, why_not
 from metatt_scale.backbone.units import Engine, Weights, bring_in
 from metatt_scale.recipe import BackboneRecipe
 from metatt_scale.recipe.architectures import architecture_file
+from metatt_scale.strict_json import loads
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def _random_config(source: Source) -> PreTrainedConfig:
     location = Path(source.location)
     file = location / "config.json" if location.is_dir() else location
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = loads(file.read_text(encoding="utf-8"))
         return AutoConfig.for_model(data.pop("model_type"), **data)
     except KeyError:
         raise ValueError(f"{file}: not a transformers config JSON, it has no model_type") from None

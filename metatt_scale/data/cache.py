@@ -13,18 +13,20 @@ import numpy as np
 from filelock import FileLock
 from safetensors.numpy import save_file
 
-from metatt_scale.data.records import Fields, OpenSource, open_source, read_records
+from metatt_scale.data.records import Fields, read_records
 from metatt_scale.data.sentences import tokenize_sentences
+from metatt_scale.data.sources import OpenSource, open_source
 from metatt_scale.data.tokens import Progress, TokenTable, tokenize_records
 from metatt_scale.files import cache_folder, new_folder, sha256, write_json
 from metatt_scale.paths import user_path
 from metatt_scale.recipe import DataRecipe, DataSource
+from metatt_scale.record_files import content_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-_VERSION = 1  # of the files and of the rules that fill them: raise it when either changes
+_VERSION = 2  # of the files and of the rules that fill them: raise it when either changes
 _DTYPES = {
     "tokens": ("I32", np.int32),
     "flags": ("U8", np.uint8),
@@ -41,8 +43,8 @@ def tokenize_source(
     tokenizer: PreTrainedTokenizerFast,
     progress: Progress | None = None,
     classes: int | None = None,
-) -> tuple[TokenTable, dict[str, int]]:
-    """Return the token table of one source, from the cache where it is there, and its counts.
+) -> tuple[TokenTable, dict[str, int], str]:
+    """Return the token table of one source, from the cache where it is there, its counts, and a hash of its content.
 
     Counts: `records` (usable), `skipped`, and those of `tokenize_records`. Processes that start together tokenise
     once: the first one works, the others wait at a lock file. `classes` is their number in the sentences format, 1
@@ -62,7 +64,7 @@ def tokenize_source(
     folder = root / key
     found = _read_entry(folder)
     if found is not None:
-        return found
+        return *found, content_of(opened.identity)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{key}.lock"):
@@ -79,7 +81,7 @@ def tokenize_source(
             "set `data.cache_dir` to a folder with room that you may write to"
         ) from error
     assert found is not None, f"{folder} was just written and cannot be read"
-    return found
+    return *found, content_of(opened.identity)
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -140,7 +142,7 @@ def _tokenize(
             raise ValueError(f"{message}; correct the record, or set `data.on_bad_record: skip`")
         skipped.append(message)
 
-    records = list(read_records(opened, recipe.format, on_bad, source, fields))
+    records = read_records(opened, recipe.format, on_bad, source, fields)
     in_reading = len(skipped)
     if fields is not None:
         table, counts = tokenize_sentences(records, recipe, tokenizer, fields.classes, progress)
@@ -170,7 +172,8 @@ def _tokenize(
 
 
 def _first_fields(opened: OpenSource) -> str:
-    first = next((value for value, _ in opened.read(lambda _: None) if isinstance(value, dict)), None)
+    with opened.read(lambda _: None) as values:
+        first = next((value for value, _ in values if isinstance(value, dict)), None)
     return "" if first is None else f" (the fields of its first record: {', '.join(map(repr, first))})"
 
 

@@ -42,6 +42,11 @@ class PreparedData:
     """For the log: `train` and `validation`, a list with the counts of each source; `train_examples`,
     `examples_per_epoch` and `validation_examples`."""
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """Hash of the content of each source, by its title: of a file that of its bytes."""
+        return {part["path"]: part["content"] for part in (*self.counts["train"], *self.counts["validation"])}
+
 
 def prepare(
     recipe: DataRecipe,
@@ -128,9 +133,9 @@ def _tokenize_all(
         own, labels = recipe, classes
         if source.task is not None:
             own, labels = recipe.of_task(tasks[source.task]), tasks[source.task].labels
-        table, count = tokenize_source(source, own, tokenizer, progress, labels)
+        table, count, content = tokenize_source(source, own, tokenizer, progress, labels)
         if source.task is not None:
             table = replace(table, tasks=np.full(len(table), list(tasks).index(source.task), np.int16))
         tables.append(table)
-        counts.append({"path": source.title, **count})
+        counts.append({"path": source.title, **count, "content": content})
     return tables, counts

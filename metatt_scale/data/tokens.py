@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from metatt_scale.data.records import OnBad, Record
+from metatt_scale.data.records import Record
+from metatt_scale.data.sources import OnBad
 from metatt_scale.data.templates import Rendered, RenderingError, render
 from metatt_scale.recipe import DataRecipe
 

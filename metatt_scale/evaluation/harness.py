@@ -72,7 +72,7 @@ def evaluate(
     scores = _known(results, label, keys, world)
     pending = [task for task in wanted if task not in scores]
     with quiet_harness(), task_progress(len(pending), shown=world.is_first) as start, evaluation_mode(model):
-        jobs = {task: _job(task, model, tokenizer, settings, world) for task in pending}
+        jobs = {task: _job(task, model, tokenizer, settings, world, keys[task]) for task in pending}
         for task, (metric, answer) in jobs.items():
             begin = time.perf_counter()
             samples = answer(start)
@@ -102,14 +102,16 @@ def _job(
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationRecipe,
     world: World,
+    key: Key,
 ) -> tuple[str, Answer]:
     """Return the metric a task is reported by, and what asks its questions."""
+    known = None if settings.data is None else str(key["data"])
     if task.startswith(PREFIX):
-        records = read_questions(task, settings)
+        records = read_questions(task, settings, known)
         return "acc", lambda start: generated_answers(
             model, tokenizer, records, settings.batch_size, world, start(task, len(records))
         )
-    harness_task, metric = definitions.build_task(task, settings.data, settings.limit)
+    harness_task, metric = definitions.build_task(task, settings.data, settings.limit, known)
     return metric, lambda start: _answers(model, tokenizer, task, harness_task, settings, world, start)
 
 

@@ -82,19 +82,23 @@ def extract_answer(text: str, labels: Sequence[str]) -> str | None:
     return found.group() if found else None
 
 
-def read_questions(task: str, settings: EvaluationRecipe) -> list[Record]:
+def read_questions(task: str, settings: EvaluationRecipe, known: str | None = None) -> list[Record]:
     """Return the records {instruction, input, answer} of a task, from `NAME.jsonl[.gz]` in the data folder.
+
+    `known` is the hash that this file must have; any when absent.
 
     Raises:
         ValueError: missing or broken data.
     """
     assert settings.data is not None
     file = data_file(settings.data, task.removeprefix(PREFIX))
-    records = read_records(file)[: settings.limit]
+    records = read_records(file, known)[: settings.limit]
     for question, place in records:
         try:
             if not isinstance(question["instruction"], str):
                 raise ValueError("`instruction` is not text")
+            if not isinstance(question.get("input") or "", str):
+                raise ValueError("`input` is not text")
             admissible_labels(question["answer"])
         except KeyError as error:
             raise ValueError(f"{place}: no field {error}; needed: instruction, answer") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import metatt_scale
 from metatt_scale.files import write_json
+from metatt_scale.strict_json import loads
 from metatt_scale.versions import git_commit, package_version
 
 Key = dict[str, str | int | None]
@@ -114,7 +114,7 @@ def versions() -> dict[str, str | None]:
 
 def _read(results: Path) -> dict[str, Any]:
     try:
-        content = json.loads(results.read_text(encoding="utf-8"))
+        content = loads(results.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import metatt_scale
-from metatt_scale.data.records import Record, open_source
+from metatt_scale.data.records import Record
+from metatt_scale.data.sources import changed_while_read, open_source
 from metatt_scale.files import sha256
 from metatt_scale.paths import user_path
 from metatt_scale.recipe import DataSource
+from metatt_scale.record_files import question_file
+from metatt_scale.strict_json import is_unicode
 
 TASKS_FOLDER = Path(metatt_scale.__file__).resolve().parents[1] / "recipes" / "tasks"
 """Task files shipped with a checkout. They spare the harness's 10 s search; without them it finds the same tasks."""
@@ -30,9 +33,8 @@ def data_file(folder: str | Path, task: str) -> Path:
         ValueError: there is neither, or no such folder.
     """
     folder = user_path(folder, "`evaluation.data`")
-    for path in (folder / f"{task}.jsonl", folder / f"{task}.jsonl.gz"):
-        if path.is_file():
-            return path
+    if (file := question_file(folder, task)) is not None:
+        return file
     if not folder.is_dir():
         raise ValueError(f"`evaluation.data` is {str(folder)!r}; there is no such folder")
     there = sorted({path.name.split(".jsonl")[0] for path in folder.glob("*.jsonl*")})
@@ -42,25 +44,40 @@ def data_file(folder: str | Path, task: str) -> Path:
     )
 
 
-def read_records(path: Path) -> list[tuple[Record, str]]:
+Records = list[tuple[Record, str]]
+"""Each with its place, as "file:line"."""
+
+
+def read_records(path: Path, known: str | None = None) -> Records:
     """Return the JSON objects of a file, one a line, each with its place; all must have the fields of the first.
 
+    Args:
+        path: the file.
+        known: its hash (`data_key`), under which the scores are kept; any when absent.
+
     Raises:
-        ValueError: naming file and line: not JSON, not an object, a field missing; or an empty file.
+        ValueError: naming file and line: not JSON, not an object, a field missing, half a character; or an empty
+            file, or one that has changed.
     """
     rule = "each line must be one JSON object with the task's fields"
 
     def refuse(problem: str) -> None:
         raise ValueError(f"{problem}; {rule}")
 
-    found: list[tuple[Record, str]] = []
-    for value, place in open_source(DataSource(path=str(path))).read(refuse):
-        if not isinstance(value, dict):
-            refuse(f"{place}: a {type(value).__name__}")
-        missing = found[0][0].keys() - value.keys() if found else set()
-        if missing:
-            refuse(f"{place}: no field `{min(missing)}`, which the first record has")
-        found.append((value, place))
+    found: Records = []
+    opened = open_source(DataSource(path=str(path)))
+    if known is not None and known not in opened.identity:
+        raise changed_while_read(path)
+    with opened.read(refuse) as values:
+        for value, place in values:
+            if not isinstance(value, dict):
+                refuse(f"{place}: a {type(value).__name__}")
+            if not is_unicode(value):
+                refuse(f"{place}: an unpaired surrogate, which is not valid Unicode")
+            missing = found[0][0].keys() - value.keys() if found else set()
+            if missing:
+                refuse(f"{place}: no field `{min(missing)}`, which the first record has")
+            found.append((value, place))
     if not found:
         refuse(f"{path}: no questions")
     return found
@@ -77,13 +94,14 @@ def data_key(task: str, folder: str | None) -> str:
     return "hub" if folder is None else sha256(data_file(folder, task))
 
 
-def build_task(task: str, data: str | None, limit: int | None) -> tuple[Any, str]:
+def build_task(task: str, data: str | None, limit: int | None, known: str | None = None) -> tuple[Any, str]:
     """Return the harness's task object, scoring both `acc` and `acc_norm`, and the metric it lists itself.
 
     Args:
         task: name of a task file or of a task of the harness.
         data: folder of local questions; the hub when absent.
         limit: number of questions that will be asked (those are checked here).
+        known: hash that the local questions must have (`data_key`); any when absent.
 
     Raises:
         ValueError: unknown or not a multiple choice task, questions that do not fit it, or an unreachable hub.
@@ -103,7 +121,8 @@ def build_task(task: str, data: str | None, limit: int | None) -> tuple[Any, str
     if data is None:
         built = _fetch(ConfigurableTask, config, task)
     else:
-        built = _with_records(ConfigurableTask, config, data_file(data, task), task, limit)
+        file = data_file(data, task)
+        built = _with_records(ConfigurableTask, config, file, task, limit, read_records(file, known))
     if built.get_config("num_fewshot") is None:
         built.set_config(key="num_fewshot", value=0)
     built.set_fewshot_seed(seed=1234)  # the harness's default
@@ -180,7 +199,9 @@ def _fetch(build: Any, config: dict[str, Any], task: str) -> Any:
         ) from error
 
 
-def _with_records(build: Any, config: dict[str, Any], file: Path, task: str, limit: int | None) -> Any:
+def _with_records(
+    build: Any, config: dict[str, Any], file: Path, task: str, limit: int | None, records: Records
+) -> Any:
     from datasets import Dataset
 
     if config.get("num_fewshot"):
@@ -188,7 +209,6 @@ def _with_records(build: Any, config: dict[str, Any], file: Path, task: str, lim
             f"task {task!r} asks for {config['num_fewshot']} examples in the prompt (num_fewshot), which local "
             "files do not hold; set it to 0 or leave `evaluation.data` out"
         )
-    records = read_records(file)
     splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": None}
     config = {**config, **splits, "dataset_kwargs": None}
     config.pop("fewshot_config", None)

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 
 from metatt_scale.paths import user_path
 from metatt_scale.recipe import ParallelRecipe, RecipeError
+from metatt_scale.strict_json import loads
 
 Strategy = Literal["replicate", "fsdp2", "zero3"]
 
@@ -141,7 +142,7 @@ def _is_on(name: str) -> bool:
 def _read_config(file: str) -> dict[str, Any]:
     try:
         text = user_path(file, "parallel.deepspeed_config").read_text(encoding="utf-8")
-        config = json.loads(text, parse_constant=_refuse_constant)
+        config = loads(text, parse_constant=_refuse_constant)
         if not isinstance(config, dict):
             raise TypeError("not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from metatt_scale.paths import user_path
 from metatt_scale.recipe.explain import explain, show
 from metatt_scale.recipe.schema import Recipe
+from metatt_scale.strict_json import is_unicode
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _MAX_BYTES = 1 << 20  # a recipe has a few hundred lines at most; whoever passes a model or a data set hears so
@@ -222,16 +223,8 @@ def _refuse_unusable(value: Any, source: str, keys: tuple[str, ...]) -> None:
         raise RecipeError(f"{where} is {value}; numbers must be finite")
     elif isinstance(value, int) and abs(value) >= 1 << 63:
         raise RecipeError(f"{where} is {show(value)}; whole numbers must be below 2**63")
-    elif isinstance(value, str) and not _is_unicode(value):
+    elif isinstance(value, str) and not is_unicode(value):
         raise RecipeError(f"{where} is {value!a}; it holds half of a surrogate pair, which is no character")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shortened(override: str) -> str:

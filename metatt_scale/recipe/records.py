@@ -93,7 +93,8 @@ class DataSource(Section):
     draw: Literal["first", "random"] = "first"
     """Which records `limit` takes. `random`: any, the same ones whatever the recipe's `seed`."""
     where: dict[str, str | int | bool] = Field(default={})
-    """Use only records with these values in these fields, for example {source: boolq}."""
+    """Use only records with these values in these fields, for example {source: boolq}. `true` is not 1, and text is
+    no number; numbers are compared by value, so 1 is also 1.0 (JSON has one kind of number)."""
     task: str | None = None
     """Name of the task its records are of, one of `tasks`."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metatt_scale.recipe.explain import show
+from metatt_scale.strict_json import loads
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -24,10 +25,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it holds something else; `problem_of` says what.
     """
-    try:
-        found = json.loads(content.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("its lists or objects are nested too deeply") from None
+    found = loads(content.decode("utf-8"))
     if not isinstance(found, dict):
         raise ValueError(f"it is {show(found)}; it must be a JSON object")
     return found

@@ -289,6 +289,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "best_metric": progress.best_metric,
         "target_tokens": progress.target_tokens,
         "records": [source.title for source in recipe.data.train],
+        "contents": trainer.data.contents,
         "recipe": recipe.model_dump(mode="json"),
         "metatt_scale": __version__,
     }

@@ -33,7 +33,7 @@ def recipe(tmp_path, *train, **keys):
 def tokenize(tmp_path, source, tokenizer=None, **keys):
     """Return table, counts and whether the tokenizer had to work."""
     calls = []
-    table, counts = tokenize_source(
+    table, counts, _ = tokenize_source(
         source,
         recipe(tmp_path, source, **keys),
         tokenizer or make_tokenizer(),

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from metatt_scale.data.records import Fields, open_source, read_records, record_problem
+from metatt_scale.data.records import Fields, read_records, record_problem
+from metatt_scale.data.sources import open_source
 from metatt_scale.recipe import DataSource
 
 RECORDS = [{"instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(5)]
@@ -270,3 +271,69 @@ def test_the_real_training_set_is_readable():
     found = read(path, limit=300)
     assert len(found) == 300
     assert all(record["output"].startswith("the correct answer is") for record, _ in found)
+
+
+# ---- values that Python takes for the same
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("bad", ['{"instruction": "a", "instruction": "b", "output": ""}', '{"x": {"k": 1, "k": 1}}'])
+def test_equal_keys_make_one_bad_record(tmp_path, name, bad):
+    good = [json.dumps(record) for record in RECORDS]
+    lines = [*good[:2], bad, *good[2:]]
+    text = ("\n".join(lines) if "jsonl" in name else f"[{','.join(lines)}]").encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    with pytest.raises(ValueError, match=r"a\.json\S*(:3|, record 3): "):
+        read(tmp_path / name)
+    skipped = []
+    assert [record for record, _ in read(tmp_path / name, skip=skipped)] == RECORDS and len(skipped) == 1
+
+
+def test_where_tells_true_from_one(tmp_path):
+    labels = [True, 1, 1.0, "1", "true", False, 0, None]
+    lines = [{**RECORDS[0], "label": label} for label in labels]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for wanted, expected in ((True, [True]), (1, [1, 1.0]), ("1", ["1"]), (False, [False]), (0, [0])):
+        found = [record["label"] for record, _ in read(tmp_path / "a.jsonl", where={"label": wanted})]
+        assert found == expected and list(map(type, found)) == list(map(type, expected))
+    assert read(tmp_path / "a.jsonl", where={"other": 1}) == []
+
+
+# ---- files that change while they are read
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "folder"])
+@pytest.mark.parametrize("limit", [None, 2])
+def test_bytes_that_are_not_those_that_were_hashed_are_refused(tmp_path, name, limit):
+    """The file has the old records at its start and other ones after them, as in the midst of being overwritten."""
+    path = tmp_path / ("b.jsonl" if name == "folder" else name)
+    if name == "folder":
+        (tmp_path / "a.jsonl").write_bytes(LINES)
+    records = [{"instruction": f"q{i}", "output": f"{i:0500}"} for i in range(9000)]
+
+    def write(records):
+        text = "".join(json.dumps(r) + "\n" for r in records) if "jsonl" in path.name else json.dumps(records)
+        path.write_bytes(gzip.compress(text.encode(), 1) if name.endswith(".gz") else text.encode())
+
+    write(records)
+    source = DataSource(path=str(tmp_path if name == "folder" else path), limit=limit and limit + 5)
+    opened = open_source(source)
+    assert read_records(opened, "instruction", pytest.fail, source)
+    write([*records[:-1], {"instruction": "other", "output": "other"}])
+    with pytest.raises(ValueError, match=rf"{path.name} changed while it was read"):
+        read_records(opened, "instruction", pytest.fail, source)
+
+
+def test_a_record_that_changes_behind_the_reader_is_refused(tmp_path):
+    """In place and while it is read, so that both the first pass and the last record are those of one content."""
+    path = tmp_path / "a.jsonl"
+    records = [{"instruction": f"q{i}", "output": f"{i:01000}"} for i in range(5000)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = DataSource(path=str(path))
+    opened = open_source(source)
+    with pytest.raises(ValueError, match=r"a\.jsonl changed while it was read"), opened.read(pytest.fail) as values:
+        next(values)
+        with path.open("r+b") as file:
+            file.seek(4_000_000)
+            file.write(b"1")
+        list(values)

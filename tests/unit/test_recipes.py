@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metatt_scale.data.records import Fields, open_source, read_records
+from metatt_scale.data.records import Fields, read_records
+from metatt_scale.data.sources import open_source
 from metatt_scale.recipe import Recipe, dump_recipe, load_recipe
 from metatt_scale.recipe.architectures import architecture_file, architecture_names
 from metatt_scale.recipe.load import parse_yaml
