@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from metatt_scale.recipe import load_recipe
+from metatt_scale.record_files import local_content
 from metatt_scale.study.command import run
 
 TEXT = {
@@ -94,7 +95,13 @@ def _train(arguments: list[str]) -> int:
     lines = [{"step": k, "loss": 1.0, "eval_accuracy": value, "eval_loss": None} for k, value in enumerate(values)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "adapter").mkdir()
-    description = {"recipe": recipe.model_dump(mode="json"), "ranks": [rank] * 3, "trainable_parameters": 1000 * rank}
+    contents = {path: found for s in recipe.data.train if (found := local_content(path := s.path)) is not None}
+    description = {
+        "contents": contents,
+        "recipe": recipe.model_dump(mode="json"),
+        "ranks": [rank] * 3,
+        "trainable_parameters": 1000 * rank,
+    }
     (folder / "adapter" / "metatt.json").write_text(json.dumps(description))
     return 0
 

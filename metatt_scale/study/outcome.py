@@ -10,6 +10,7 @@ from pydantic import Field
 
 from metatt_scale.recipe import validate
 from metatt_scale.report.runs import of_last_ranks, ranks_of
+from metatt_scale.study.contents import changed_files
 from metatt_scale.study.forms import Form, Number, parse_object, problem_of
 from metatt_scale.study.runs import OpenStudy, Run, digest_of
 from metatt_scale.study.schema import HEADLINE, Score
@@ -19,6 +20,7 @@ _ADAPTER, _METRICS, _SCORES = "adapter/metatt.json", "metrics.jsonl", "results.j
 
 class _AdapterForm(Form):
     recipe: dict[str, Any]
+    contents: dict[str, str] = Field(default={})
     trainable_parameters: int
     head_parameters: int = 0
     ranks: list[int] | None = None
@@ -43,12 +45,14 @@ class _ScoresForm(Form):
 
 
 def is_trained(run: Run) -> bool:
-    """Return whether a run has its adapter, made by this very definition and seed."""
+    """Return whether a run has its adapter, made by this very definition and seed, from the records of now."""
     try:
-        recipe = validate(_description(run)["recipe"], str(run.folder))
+        description = _description(run)
+        recipe = validate(description["recipe"], str(run.folder))
     except (OSError, ValueError):
         return False  # training itself refuses what it cannot go on with
-    return digest_of(recipe) == run.digest and recipe.seed == run.seed
+    same = digest_of(recipe) == run.digest and recipe.seed == run.seed
+    return same and not changed_files(description.get("contents", {}), run.data)
 
 
 def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +65,10 @@ def collect(opened: OpenStudy, run: Run, seconds: float, machine: dict[str, Any]
     """
     description = _description(run)
     if not is_trained(run):
-        raise ValueError(f"{run.folder} was trained with other settings: the recipe changed while the study ran")
+        raise ValueError(
+            f"{run.folder} was trained with other settings or records: the recipe or a data file changed while the "
+            "study ran; remove the folder, and start the study again"
+        )
     score = opened.study.score
     evaluations = _evaluations(run, score)
     scores = {**_numbers(evaluations, score), **_task_scores(run, opened.tasks(run))}
@@ -97,6 +104,7 @@ def _line(
         "tried": run.tried,
         "digest": run.digest,
         "overrides": list(run.overrides),
+        "data": dict(run.data),
         "scores": scores,
         "seconds": round(seconds, 1),
         "trainable_parameters": description.get("trainable_parameters", 0),

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from metatt_scale.files import fsync_folder, naming, write_text
+from metatt_scale.study.contents import changed_files
 from metatt_scale.study.forms import Form, Number, parse_object, problem_of
 from metatt_scale.study.runs import Run
 
@@ -33,6 +36,7 @@ class _RunForm(Form):
     trainable_parameters: int
     head_parameters: int = 0
     ranks: list[int]
+    data: dict[str, str] = Field(default={})
     git_commit: str | None = None
 
 
@@ -79,7 +83,7 @@ class Results:
         """Return the line of a finished run.
 
         Raises:
-            ValueError: the line was made by another definition of the run.
+            ValueError: the line was made by another definition of the run, or with other records.
         """
         line = self._runs.get(run.key)
         if line is not None and line["digest"] != run.digest:
@@ -91,6 +95,12 @@ class Results:
                 f"{self.path} holds a result of {run.label} that was made with other settings: {changed}. Give the "
                 "arm or the study another name, or remove the lines of this arm, and its runs in "
                 f"{run.folder.parent}"
+            )
+        if line is not None and (files := changed_files(line.get("data", {}), run.data)):
+            raise ValueError(
+                f"{self.path} holds a result of {run.label} that was made with other records: {', '.join(files)} "
+                "changed since. Bring the file back, or give the arm or the study another name, or remove the lines "
+                f"of this arm, and its runs in {run.folder.parent}"
             )
         return line
 

@@ -7,10 +7,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from metatt_scale.recipe import Recipe, load_recipe
+from metatt_scale.study.contents import Contents
 from metatt_scale.study.schema import HEADLINE, Study
 
 OWN_KEYS = ("seed", "output_dir")
@@ -40,6 +41,8 @@ class Run:
     overrides: tuple[str, ...]
     digest: str
     """Of everything in the resolved recipe that decides the result, but for the seed."""
+    data: Mapping[str, str]
+    """Hashes of what is read, by its path (`Contents.of`)."""
     folder: Path
 
     @property
@@ -67,6 +70,7 @@ class OpenStudy:
     """The arms of the study file and its grid."""
     arms: Mapping[str, tuple[str, ...]]
     """Overrides of every row (in every column: ARM@COLUMN), those of `base` and `grid` among them."""
+    contents: Contents = field(default_factory=Contents)
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -118,14 +122,16 @@ class OpenStudy:
         return self.recipes[self._column_of(arm)]
 
     def _run(self, arm: str, seed: int, overrides: tuple[str, ...], folder: Path, tried: str | None = None) -> Run:
-        recipe = self._recipe_of(arm)
+        file = self._recipe_of(arm)
+        recipe = resolve(file, overrides)
         return Run(
             arm=arm,
-            recipe=recipe,
+            recipe=file,
             seed=seed,
             tried=tried,
             overrides=overrides,
-            digest=digest_of(resolve(recipe, overrides)),
+            digest=digest_of(recipe),
+            data=self.contents.of(recipe, () if tried else self.study.score.tasks),
             folder=folder / f"seed-{seed}",
         )
 
