@@ -9,6 +9,7 @@ from metatt_scale.backbone.loading import (
     load_skeleton,
 )
 from metatt_scale.backbone.quantised import quantised_linear
+from metatt_scale.backbone.room import check_positions, check_tokens, learned_positions
 from metatt_scale.backbone.source import Source, resolve
 from metatt_scale.backbone.tokenizer import byte_tokenizer, load_tokenizer
 from metatt_scale.backbone.units import Engine, compile_layers, find_units
@@ -18,6 +19,8 @@ __all__ = [
     "HeadStart",
     "Source",
     "byte_tokenizer",
+    "check_positions",
+    "check_tokens",
     "check_unchanged",
     "compile_layers",
     "enable_checkpointing",
@@ -28,6 +31,7 @@ __all__ = [
     "in_head",
     "is_other",
     "last_linear",
+    "learned_positions",
     "load_backbone",
     "load_skeleton",
     "load_tokenizer",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from metatt_scale.backbone import load_backbone
+from metatt_scale.backbone import check_positions, load_backbone
 from metatt_scale.benchmark.arms import FROZEN, TASKS, Arm, Build, Work, builders, random_batch, twin
 from metatt_scale.benchmark.memory import peak_bytes
 from metatt_scale.benchmark.report import (
@@ -23,7 +23,7 @@ from metatt_scale.benchmark.settings import Settings, settings_of
 from metatt_scale.benchmark.timing import ratios, take_turns
 from metatt_scale.methods.peft_methods import import_peft
 from metatt_scale.recipe import Recipe
-from metatt_scale.training.checks import check_causal, learned_positions
+from metatt_scale.training.checks import check_causal
 from metatt_scale.training.start import try_head
 
 _MIB = 2**20
@@ -98,12 +98,7 @@ def check_room(model: PreTrainedModel, settings: Settings) -> None:
         ValueError: it is one of these.
     """
     check_causal(model)
-    positions = learned_positions(model)
-    if positions is not None and settings.length > positions:
-        raise ValueError(
-            f"--length is {settings.length}, but {type(model).__name__} has learned {positions} positions; set "
-            f"--length to {positions} or less"
-        )
+    check_positions(model, settings.length, f"--length is {settings.length}", "set --length to {positions} or less")
 
 
 def _row(arm: Arm, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from metatt_scale.data.records import Record
 from metatt_scale.data.sources import OnBad
 from metatt_scale.data.templates import Rendered, RenderingError, render
 from metatt_scale.recipe import DataRecipe
+from metatt_scale.strict_json import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -189,7 +190,10 @@ def _render_all(
     rendered = []
     for record, place in records:
         try:
-            rendered.append(render(record, recipe.format, recipe.template, tokenizer))
+            text = render(record, recipe.format, recipe.template, tokenizer)
+            if not is_unicode(text.text):  # from a field that only the chat template knows
+                raise RenderingError("the text of the record has an unpaired surrogate, which is not valid Unicode")
+            rendered.append(text)
         except RenderingError as error:
             on_bad(f"{place}: {error}")
         except ValueError as error:

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from metatt_scale.strict_json import is_unicode
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 _COLDEST, _HOTTEST = 0.001, 100
 """Temperatures beyond which logits overflow in half precision, or every token is as likely as any other."""
+_SHORTER = "shorten the prompt, or ask for fewer new tokens (--max-new-tokens): {positions} positions in all"
 
 
 def generate(
@@ -24,6 +27,11 @@ def generate(
     temperature: float = 0.0,
 ) -> str:
     """Return what the model, which computes on `device`, writes after `prompt`; greedily at temperature 0."""
+    if not is_unicode(prompt):
+        raise ValueError(
+            f"the prompt {prompt[:60]!a} is not valid Unicode: it holds half of a surrogate pair, or bytes that are "
+            "not UTF-8; give it as UTF-8 text"
+        )
     ids = list(tokenizer(prompt)["input_ids"])
     return continue_tokens(model, tokenizer, [ids], device, max_new_tokens, temperature)[0]
 
@@ -40,6 +48,28 @@ def check_limits(max_new_tokens: int, temperature: float) -> None:
         raise ValueError(
             f"temperature is {temperature}; it must be 0, which decodes greedily, or from {_COLDEST} to {_HOTTEST}"
         )
+
+
+def check_prompts(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, remedy: str = _SHORTER
+) -> None:
+    """Refuse prompts that the model has no embeddings for, which a GPU would only tell by ending the process.
+
+    Args:
+        model: causal language model.
+        prompts: tokens of each.
+        max_new_tokens: most tokens that follow a prompt.
+        remedy: what to do about a prompt that is too long.
+
+    Raises:
+        ValueError: a token beyond the embeddings, or more positions than the model has learned.
+    """
+    from metatt_scale.backbone import check_positions, check_tokens
+
+    check_tokens(model, max(map(max, prompts)))
+    longest = max(map(len, prompts))
+    what = f"a prompt of {longest} tokens and {max_new_tokens} new ones take {longest + max_new_tokens - 1} positions"
+    check_positions(model, longest + max_new_tokens - 1, what, remedy)  # the last new one is not read again
 
 
 def continue_tokens(
@@ -64,13 +94,15 @@ def continue_tokens(
         in_step: keep all ranks of a job at it until the last one has finished its text; a sharded model needs them.
 
     Raises:
-        ValueError: an empty prompt, no room for a new token, or a temperature out of range.
+        ValueError: an empty prompt, one that the model has no embeddings for, no room for a new token, or a
+            temperature out of range.
     """
     import torch
 
     check_limits(max_new_tokens, temperature)
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least one token to continue")
+    check_prompts(model, prompts, max_new_tokens)
     # Padding by hand leaves the caller's tokenizer as it is, also where it has no padding token.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     longest = max(map(len, prompts))

@@ -16,7 +16,7 @@ import torch
 
 from metatt_scale.data.records import Record
 from metatt_scale.data.templates import llm_adapters_prompt
-from metatt_scale.evaluation.generate import continue_tokens
+from metatt_scale.evaluation.generate import check_prompts, continue_tokens
 from metatt_scale.evaluation.progress import Advance
 from metatt_scale.evaluation.scores import Key
 from metatt_scale.evaluation.tasks import data_file, data_key, read_records
@@ -132,6 +132,8 @@ def generated_answers(
     ranks take the batches in turn; where one has none left it repeats the first, as a sharded model needs them all.
     """
     prompts = [_prompt_tokens(tokenizer, llm_adapters_prompt(r["instruction"], r.get("input"))) for r in records]
+    remedy = "leave the llm_adapters tasks out, or take a model with more"
+    check_prompts(model, prompts, MAX_NEW_TOKENS, remedy)
     # Prompts of like length share a batch: less padding. The longest come first, so memory runs out early if ever.
     order = sorted(range(len(records)), key=lambda i: -len(prompts[i]))
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from metatt_scale.backbone import check_tokens
 from metatt_scale.evaluation.progress import Advance
 from metatt_scale.parallel import World
 
@@ -63,6 +64,7 @@ class Scorer(_HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        self._check(requests)
         # Continuations of one token after the same context share a forward in the harness: keep them together.
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
@@ -93,6 +95,21 @@ class Scorer(_HFLM):
             self.advance(sum(len(members) for batch in in_round for _, members in batch))
         total_N2 = self.world.sum(answers_N2.to(self.world.device))
         return [(score, bool(greedy)) for score, greedy in total_N2.tolist()]
+
+    def _check(self, requests: list[Request]) -> None:
+        """Refuse what cannot be scored, nor cut: an empty choice, one that is longer than the model's positions, and
+        tokens without an embedding.
+        """
+        lengths = [len(continuation) for _, _, continuation in requests]
+        if not all(lengths):
+            raise ValueError("a choice of the task is empty, so there is nothing to score; correct the question")
+        check_tokens(self.model, max(max(context + continuation) for _, context, continuation in requests))
+        longest = max(lengths)
+        if longest > self.max_length:
+            raise ValueError(
+                f"a choice has {longest} tokens, but {type(self.model).__name__} has {self.max_length} positions; "
+                "leave the task out, or take a model with more"
+            )
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         if not self._can_select:

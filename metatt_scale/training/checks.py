@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
 from transformers import PreTrainedModel
 
 from metatt_scale.adapter import Adapter
+from metatt_scale.backbone import check_positions, check_tokens
 from metatt_scale.data import PreparedData
 from metatt_scale.ending import DivergedError
 from metatt_scale.methods import check_start
@@ -133,25 +132,13 @@ def check_writable(folder: Path) -> None:
 
 def check_trainable(model: PreTrainedModel, data: PreparedData) -> None:
     """Refuse a model that is not causal (unless it is a classifier), and records it has no embeddings for."""
-    name = type(model).__name__
     if not data.table.labelled:
         check_causal(model)
-    embeddings = model.get_input_embeddings()
-    # Not the rows of its weight, which may be sharded.
-    rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else model.config.vocab_size
     tables = [data.table] if data.validation is None else [data.table, data.validation.table]
-    largest = max(int(table.tokens.max()) for table in tables)
-    if largest >= rows:
-        raise ValueError(
-            f"the tokenizer gives token {largest}, but {name} has embeddings for {rows} tokens only; the tokenizer "
-            "beside backbone.path belongs to another model"
-        )
-    longest, positions = max(int(table.lengths.max()) for table in tables), learned_positions(model)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"the longest record has {longest} tokens, but {name} has learned {positions} positions; set "
-            f"data.cutoff_length to {positions} or less"
-        )
+    check_tokens(model, max(int(table.tokens.max()) for table in tables))
+    longest = max(int(table.lengths.max()) for table in tables)
+    remedy = "set data.cutoff_length to {positions} or less"
+    check_positions(model, longest, f"the longest record has {longest} tokens", remedy)
 
 
 def check_causal(model: PreTrainedModel) -> None:
@@ -161,13 +148,3 @@ def check_causal(model: PreTrainedModel) -> None:
             f"backbone.path: {type(model).__name__} is not a causal language model that this toolkit can train (an "
             "encoder needs a `classifier`)"
         )
-
-
-def learned_positions(model: PreTrainedModel) -> int | None:
-    """Return for how many positions a model has embeddings; None where it computes them (rotary)."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and re.search(r"wpe$|position", path):
-            # RoBERTa's first position is the one behind that of padding.
-            before = 0 if module.padding_idx is None else module.padding_idx + 1
-            return model.config.get_text_config().max_position_embeddings - before
-    return None
