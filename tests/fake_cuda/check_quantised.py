@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
+import bitsandbytes.nn
 import pytest
+from bitsandbytes.nn import modules
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -14,7 +15,7 @@ from metatt_scale.recipe import validate
 from tests.fake_cuda.fixtures import RARELY, STEPS, check_queue, resume_on_gpu, run_on_gpu
 from tests.toy import LLAMA, toy, write_toy
 
-CHECKED_BEFORE = bitsandbytes.nn.Params4bit
+BITSANDBYTES_OWN = modules.Params4bit
 KINDS = {
     "nf4": {"quantization": "nf4"},
     "nf4, scales unpacked": {"quantization": "nf4", "double_quantization": False},
@@ -26,7 +27,7 @@ KINDS = {
 def parameter_4bit(data: Tensor, requires_grad: bool = False, **attributes: Any) -> nn.Parameter:
     """Return a packed weight; of a fake tensor, bitsandbytes' class makes a subclass that dispatches nowhere."""
     if not isinstance(data, FakeTensor):
-        return CHECKED_BEFORE(data, requires_grad=requires_grad, **attributes)
+        return BITSANDBYTES_OWN(data, requires_grad=requires_grad, **attributes)
     weight = nn.Parameter(data, requires_grad=False)
     for name, value in attributes.items():
         setattr(weight, name, value)

@@ -23,14 +23,16 @@ LEARNED = {"gpt2": 64, "opt": 64, "bert": 64, "roberta": 64}
 @pytest.fixture
 def forwards():
     """Models get a hook that counts their forwards."""
-    seen = []
+    return Forwards()
 
-    def count(model):
-        model.register_forward_pre_hook(lambda *_: seen.append(1))
+
+class Forwards:
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, model):
+        model.register_forward_pre_hook(lambda *_: self.seen.append(1))
         return model
-
-    count.seen = seen
-    return count
 
 
 @pytest.mark.parametrize("name", MODELS)
