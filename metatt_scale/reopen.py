@@ -20,10 +20,6 @@ from metatt_scale.methods import reload_adapter
 from metatt_scale.recipe import Recipe, validate
 from metatt_scale.training import TrainedRun
 
-# What a run writes about itself beside the chain (`training.run.describe`), and what an export relies on.
-_ABOUT = {"recipe": dict, "base_model": str, "kind": str, "step": int, "target_tokens": int, "records": list}
-_ABOUT |= {"trainable_parameters": int, "metatt_scale": str}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reopened:
@@ -70,11 +66,6 @@ def read_recipe(folder: Path, backbone: Mapping[str, Any] | None = None) -> tupl
     An adapter may come from anyone, so its own word for `trust_remote_code` does not count.
     """
     description = read_description(folder)
-    for key, kind in _ABOUT.items():
-        if not isinstance(description.get(key), kind):
-            raise ValueError(
-                f"{folder}/metatt.json: has no usable `{key}`; the file is damaged, take it from a backup"
-            )
     data = validate(description["recipe"], f"{folder}/metatt.json").model_dump(mode="json")
     data["backbone"] |= {"trust_remote_code": False, **(backbone or {})}
     return description, validate(data, f"{folder}/metatt.json with {dict(backbone or {})}")

@@ -113,10 +113,6 @@ class Adapter(nn.Module, ABC):
         """Return all that a checkpoint must hold: the result and the history, detached."""
         return self.result() | {name: value.detach() for name, value in self.history().items()}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `tensors`."""
-        return {name: tuple(value.shape) for name, value in self.tensors().items()}
-
     def set_values(self, values: Mapping[str, Tensor]) -> None:
         """Replace all trained parameters, and what `kept` and `history` name where it is given."""
         with torch.no_grad():

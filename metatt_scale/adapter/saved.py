@@ -4,16 +4,12 @@ and, of a classifier whose head is frozen, `head.safetensors` (the head it was t
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,10 +20,15 @@ from metatt_scale.adapter.leaves import Leaves
 from metatt_scale.adapter.modes import KINDS, ChainSpec, check_order
 from metatt_scale.adapter.targets import Target, TargetMap, is_linear, widths
 from metatt_scale.files import save_tensors, sha256, write_json
+from metatt_scale.heads import in_head
+from metatt_scale.json_files import read_json
 from metatt_scale.paths import user_path
+from metatt_scale.run_files import AdapterForm
+from metatt_scale.tensor_files import TensorForm, difference, forms_of, read_tensors
 
 CONFIG, WEIGHTS, HEAD = "metatt.json", "metatt.safetensors", "head.safetensors"
 _FORMAT = 1
+_BACKUP = "take the adapter from a backup"
 
 
 def save_adapter(
@@ -81,22 +82,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Read `metatt.json` and check the hashes of the weights beside it.
 
     Raises:
-        ValueError: not an adapter folder, unknown format, or damaged weights.
+        ValueError: not an adapter folder, unknown format, or damaged files.
     """
     try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        description = read_json(folder / CONFIG, AdapterForm, _BACKUP)
     except FileNotFoundError:
         raise ValueError(f"{folder}: not an adapter folder, it has no {CONFIG}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{folder / CONFIG}: not readable as JSON ({error}); take the adapter from a backup"
-        ) from None
-    if not isinstance(description, dict) or description.get("format") != _FORMAT:
-        raise ValueError(
-            f"{folder / CONFIG}: unknown adapter format; this version reads format {_FORMAT}: open it with the "
-            "version that wrote it, or take the file from a backup"
-        )
-    wanted = {WEIGHTS: description.get("weights_sha256")}
+    wanted = {WEIGHTS: description["weights_sha256"]}
     if "head_sha256" in description:
         wanted[HEAD] = description["head_sha256"]
     for name, digest in wanted.items():
@@ -113,22 +105,23 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> ChainAdapter:
-    """Read a saved adapter without a backbone: enough for its exact LoRA form.
+    """Read a saved chain without a backbone: enough for its exact LoRA form.
 
     Raises:
         ValueError: damaged files.
     """
     description = read_description(folder)
     try:
-        cores = load_file(folder / WEIGHTS)
-        spec, target_map, alpha = _parse(description)
-        ordered = [cores[f"core_{k}"].to(torch.float32) for k in range(len(spec.modes))]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
-    found = tuple(tuple(core.shape) for core in ordered)
-    if found != spec.shapes:
-        raise ValueError(f"{folder}: {CONFIG} describes cores of shapes {spec.shapes}, {WEIGHTS} holds {found}")
-    return ChainAdapter(spec, ordered, alpha, target_map, torch.float32)
+        spec, target_map = _parse(description)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: damaged adapter ({error}); {_BACKUP}") from None
+    values = _read(folder / WEIGHTS)
+    cores = {name: value for name, value in values.items() if not name.startswith(HEAD_PREFIX)}
+    wanted = {f"core_{k}": TensorForm(shape, torch.float32) for k, shape in enumerate(spec.shapes)}
+    if problem := difference(forms_of(cores), wanted):
+        raise ValueError(f"{folder / WEIGHTS}: {problem} by {CONFIG}; {_BACKUP}")
+    ordered = [cores[f"core_{k}"] for k in range(len(spec.modes))]
+    return ChainAdapter(spec, ordered, description["alpha"], target_map, torch.float32)
 
 
 def load_adapter(folder: Path, model: PreTrainedModel, device: torch.device) -> ChainAdapter:
@@ -154,19 +147,12 @@ def fill(adapter: Adapter, folder: Path) -> None:
     """Give an adapter that was made anew the values of a saved one.
 
     Raises:
-        ValueError: a tensor is missing, or of another shape.
+        ValueError: a tensor is missing, unknown, or of another shape or type.
     """
-    try:
-        values = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
-    wanted = {name: tuple(value.shape) for name, value in adapter.result().items()}
-    found = {name: tuple(value.shape) for name, value in values.items()}
-    if found != wanted:
-        name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+    values = _read(folder / WEIGHTS)
+    if problem := difference(forms_of(values), forms_of(adapter.result())):
         raise ValueError(
-            f"{folder}: {WEIGHTS} holds {name} of shape {found.get(name, 'nothing')}, but the recipe in {CONFIG} "
-            f"makes {wanted.get(name, 'nothing')}; the files do not belong together, take the adapter from a backup"
+            f"{folder / WEIGHTS}: {problem} by the recipe in {CONFIG}; the files do not belong together, {_BACKUP}"
         )
     adapter.set_values(values)
 
@@ -177,12 +163,21 @@ def trained_head(folder: Path) -> Leaves | None:
     Raises:
         ValueError: damaged files.
     """
-    try:
-        values = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
-    head = {name.removeprefix(HEAD_PREFIX): v for name, v in values.items() if name.startswith(HEAD_PREFIX)}
+    head = {
+        name.removeprefix(HEAD_PREFIX): value
+        for name, value in _read(folder / WEIGHTS).items()
+        if name.startswith(HEAD_PREFIX)
+    }
     return Leaves(head) if head else None
+
+
+def read_head(folder: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a classifier's frozen head by name; None where the adapter has none.
+
+    Raises:
+        ValueError: damaged files.
+    """
+    return _read(folder / HEAD) if "head_sha256" in read_description(folder) else None
 
 
 def put_head(model: PreTrainedModel, folder: Path) -> None:
@@ -196,60 +191,66 @@ def put_head(model: PreTrainedModel, folder: Path) -> None:
         set_head(model, head, f"{folder / HEAD}")
 
 
-def read_head(folder: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a classifier's head by name; None where the adapter has none.
-
-    Raises:
-        ValueError: damaged files.
-    """
-    if "head_sha256" not in read_description(folder):
-        return None
-    try:
-        return load_file(folder / HEAD)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / HEAD}: damaged ({error!r})") from None
-
-
 def set_head(model: PreTrainedModel, head: Mapping[str, Tensor], where: str) -> None:
-    """Give a model the values of a head, by name; `where` they stand is for the error.
+    """Give a model the values of a head, by name; `where` they stand is for the error. No other weight is replaced.
 
     Raises:
-        ValueError: a model without such a head.
+        ValueError: a model with another head.
     """
     parameters = dict(model.named_parameters())
-    for name, value in head.items():
-        found = tuple(parameters[name].shape) if name in parameters else "none of that name"
-        if found != tuple(value.shape):
-            raise ValueError(
-                f"{where}: holds {name} of shape {tuple(value.shape)}, but {type(model).__name__} has {found}"
-                "; load the backbone with the recipe's `classifier`"
-            )
-        with torch.no_grad():
+    found = {name: tuple(value.shape) for name, value in head.items()}
+    wanted = {name: tuple(parameters[name].shape) for name in parameters if in_head(model, name)}
+    if found != wanted:
+        name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+        raise ValueError(
+            f"{where}: holds {name} of shape {found.get(name, 'nothing')}, but the head of "
+            f"{type(model).__name__} has {wanted.get(name, 'none of that name')}; load the backbone with "
+            "the recipe's `classifier`"
+        )
+    if other := next((name for name, value in head.items() if not value.is_floating_point()), None):
+        raise ValueError(f"{where}: {other} is {TensorForm.of(head[other])}; a head has floating numbers, {_BACKUP}")
+    with torch.no_grad():
+        for name, value in head.items():
             parameters[name].copy_(value)
 
 
-def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap, float]:
-    """Return what `metatt.json` describes; whatever it raises on a file that was edited means "damaged"."""
-    modes, sizes, ranks = (tuple(description[key]) for key in ("modes", "sizes", "ranks"))
-    diagonal, projections = bool(description.get("diagonal", False)), len(description["projections"])
-    spec = ChainSpec(modes=modes, sizes=sizes, ranks=ranks, diagonal=diagonal, projections=projections)
-    if not any(sorted(modes) == sorted(known) for known in KINDS.values()):
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; damaged adapter, {_BACKUP}") from None
+
+
+def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap]:
+    """Return what `metatt.json`, whose keys have the right types, says of a chain.
+
+    Raises:
+        ValueError: it is none.
+    """
+    modes, sizes, ranks = (tuple(description.get(key) or ()) for key in ("modes", "sizes", "ranks"))
+    kind = next((kind for kind, known in KINDS.items() if sorted(modes) == sorted(known)), None)
+    if kind is None:
         raise ValueError(f"modes {modes} are those of no chain")
-    check_order(modes, next(kind for kind, known in KINDS.items() if sorted(modes) == sorted(known)))
+    check_order(modes, kind)
     target_map = _target_map(description)
-    size = dict(zip(spec.modes, spec.sizes, strict=True))
-    layers = size["site"] // projections if "site" in size else size["layer"]
+    if len(sizes) != len(modes) or len(ranks) != len(modes) - 1 or not target_map.targets:
+        raise ValueError(
+            f"{len(sizes)} sizes and {len(ranks)} ranks for {len(modes)} modes, {len(target_map.targets)} targets"
+        )
+    diagonal, projections = description.get("diagonal", False), len(target_map.projections)
+    if diagonal and len(set(ranks)) > 1:
+        raise ValueError(f"ranks {ranks} of diagonal slices, which have one rank")
+    spec = ChainSpec(modes=modes, sizes=sizes, ranks=ranks, diagonal=diagonal, projections=projections)
+    size = dict(zip(modes, sizes, strict=True))
+    layers = size["site"] // max(1, projections) if "site" in size else size["layer"]
+    if projections != (size["site"] // max(1, layers) if "site" in size else size["projection"]):
+        raise ValueError(f"{projections} projections in a chain of sizes {size}")
     widest = size["output"] * size.get("head", 1)
     for target in target_map.targets:
-        inside = 0 <= target.layer < layers and 0 <= target.projection < projections
-        if not (inside and 0 < target.d_in <= size["input"] and 0 < target.d_out <= widest):
+        inside = target.layer < layers and target.projection < projections
+        if not (inside and target.d_in <= size["input"] and target.d_out <= widest):
             raise ValueError(f"target {target} does not lie in a chain of sizes {size}")
-    if len(spec.ranks) != len(spec.modes) - 1 or not target_map.targets:
-        raise ValueError(f"{len(spec.ranks)} ranks for {len(spec.modes)} modes, {len(target_map.targets)} targets")
-    alpha = float(description["alpha"])
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}")
-    return spec, target_map, alpha
+    return spec, target_map
 
 
 def read_targets(folder: Path) -> TargetMap:
@@ -258,11 +259,7 @@ def read_targets(folder: Path) -> TargetMap:
     Raises:
         ValueError: damaged files.
     """
-    description = read_description(folder)
-    try:
-        return _target_map(description)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: damaged adapter ({error!r})") from None
+    return _target_map(read_description(folder))
 
 
 def _target_map(description: Mapping[str, Any]) -> TargetMap:

@@ -7,7 +7,6 @@ are shared by all processes of a node.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from itertools import combinations
@@ -24,7 +23,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from metatt_scale.backbone.source import Source
+from metatt_scale.json_files import read_json
 from metatt_scale.recipe import BackboneRecipe
+from metatt_scale.run_files import IndexForm
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -163,7 +164,7 @@ def _files_of(folder: Path) -> dict[str, list[str] | None]:
     if not (folder / _INDEX).is_file():
         raise OSError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
     found: dict[str, list[str] | None] = {}
-    for key, file in json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+    for key, file in read_json(folder / _INDEX, IndexForm, "fetch the model again")["weight_map"].items():
         if Path(file).name != file:  # a stranger's index may not lead out of its folder
             raise Unfit(f"{_INDEX} names the file {file!r}, which is not in the folder; fetch the model again")
         wanted = found.setdefault(file, [])

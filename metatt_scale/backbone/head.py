@@ -9,6 +9,8 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from metatt_scale.heads import in_head
+
 
 @dataclass(frozen=True, eq=False)
 class HeadStart:
@@ -18,12 +20,6 @@ class HeadStart:
     """Standard deviation of its random weights."""
     bias_K: Tensor | None = None
     """Bias of its last linear, one number per output."""
-
-
-def in_head(model: PreTrainedModel, name: str) -> bool:
-    """Return whether a parameter of this name belongs to the head."""
-    prefix = model.base_model_prefix + "."
-    return not name.startswith(prefix) or name.startswith(prefix + "pooler.")
 
 
 def last_linear(names: Iterable[str]) -> str:

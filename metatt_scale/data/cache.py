@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from metatt_scale.data.records import Fields, read_records
@@ -18,9 +19,11 @@ from metatt_scale.data.sentences import tokenize_sentences
 from metatt_scale.data.sources import OpenSource, open_source
 from metatt_scale.data.tokens import Progress, TokenTable, tokenize_records
 from metatt_scale.files import cache_folder, new_folder, sha256, write_json
+from metatt_scale.json_files import read_json
 from metatt_scale.paths import user_path
 from metatt_scale.recipe import DataRecipe, DataSource
 from metatt_scale.record_files import content_of
+from metatt_scale.run_files import EntryForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -187,12 +190,13 @@ def _read_entry(folder: Path) -> tuple[TokenTable, dict[str, int]] | None:
     """Map an entry into memory; None where it is absent, incomplete or not what was written."""
     file = folder / "tokens.safetensors"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "meta.json", EntryForm, "it is made again")
         if sha256(file) != meta["sha256"]:
             return None
-        return TokenTable(**_map_arrays(file)), dict(meta["counts"])
-    except (OSError, ValueError, KeyError, TypeError):
+        table = TokenTable(**_map_arrays(file))
+    except (OSError, ValueError, SafetensorError, TypeError):
         return None
+    return (table, dict(meta["counts"])) if table.is_whole() else None
 
 
 def _map_arrays(file: Path) -> dict[str, Any]:
@@ -200,12 +204,14 @@ def _map_arrays(file: Path) -> dict[str, Any]:
 
     The file is an 8-byte little-endian length, a JSON header of that length, and the arrays.
     """
+    with safe_open(file, framework="np"):  # or it is none: header, sizes and places fit together from here on
+        pass
     with open(file, "rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
     arrays = {}
     for name in header.keys() - {"__metadata__"}:
-        entry, (code, dtype) = header[name], _DTYPES[name]
+        entry, (code, dtype) = header[name], _DTYPES.get(name, ("none", np.uint8))
         if entry["dtype"] != code:
             raise ValueError(f"{file}: {name} is {entry['dtype']}, not {code}")
         start = 8 + length + entry["data_offsets"][0]

@@ -63,6 +63,15 @@ class TokenTable:
         """Return by name what there is of the above."""
         return {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
 
+    def is_whole(self) -> bool:
+        """Return whether the arrays fit each other: one value a token or an example, examples end to end."""
+        per_token, per_example = (len(self.tokens),), (len(self.offsets) - 1,)
+        shapes = {"tokens": per_token, "flags": per_token, "segments": per_token, "offsets": (len(self.offsets),)}
+        if any(array.shape != shapes.get(name, per_example) for name, array in self.arrays().items()):
+            return False
+        ends = len(self.offsets) and (int(self.offsets[0]), int(self.offsets[-1])) == (0, len(self.tokens))
+        return bool(ends) and bool((self.lengths >= 0).all()) and not (len(self.tokens) and self.tokens.min() < 0)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

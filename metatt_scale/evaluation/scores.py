@@ -11,9 +11,11 @@ from typing import Any
 
 import metatt_scale
 from metatt_scale.files import write_json
-from metatt_scale.strict_json import loads
+from metatt_scale.json_files import read_json
+from metatt_scale.run_files import ResultsForm
 from metatt_scale.versions import git_commit, package_version
 
+_MAX_BYTES = 256 << 20  # a character a question, for every task, metric and label
 Key = dict[str, str | int | None]
 """Everything that decides a score; a score is reused only where the whole key is the same."""
 
@@ -81,12 +83,7 @@ def read_scores(results: Path) -> dict[str, dict[str, TaskScore]]:
         ValueError: the file is not one that `evaluate` wrote.
     """
     scores = _read(results).get("scores", {})
-    try:
-        return {
-            label: {task: score_from_json(entry) for task, entry in tasks.items()} for label, tasks in scores.items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{results}: not a results file of this toolkit ({error!r}); move it away") from None
+    return {label: {task: score_from_json(entry) for task, entry in tasks.items()} for label, tasks in scores.items()}
 
 
 def finished(results: Path, label: str, keys: Mapping[str, Key]) -> dict[str, TaskScore]:
@@ -114,14 +111,9 @@ def versions() -> dict[str, str | None]:
 
 def _read(results: Path) -> dict[str, Any]:
     try:
-        content = loads(results.read_text(encoding="utf-8"))
+        return read_json(results, ResultsForm, "move it away to start afresh", _MAX_BYTES)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ValueError(f"{results}: not valid JSON ({error}); move it away to start afresh") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{results}: holds a {type(content).__name__}, not an object; move it away")
-    return content
 
 
 def score_to_json(score: TaskScore) -> dict[str, Any]:

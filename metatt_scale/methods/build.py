@@ -27,7 +27,11 @@ from metatt_scale.adapter import (
     train_head,
     trained_head,
 )
+from metatt_scale.adapter.base import HEAD_PREFIX
+from metatt_scale.adapter.modes import KINDS
+from metatt_scale.adapter.saved import WEIGHTS
 from metatt_scale.backbone import Engine, head_tensors, is_other
+from metatt_scale.methods import sizes
 from metatt_scale.methods.adalora import AdaLora
 from metatt_scale.methods.going_on import go_on
 from metatt_scale.methods.loretta import LorettaAdp, LorettaRep, find_outputs
@@ -38,6 +42,8 @@ from metatt_scale.methods.starts import start_at_weights
 from metatt_scale.methods.whole import Full, HeadOnly, nowhere
 from metatt_scale.parallel import World
 from metatt_scale.recipe import INNER_BONDS, AdapterRecipe, Recipe
+from metatt_scale.recipe.adapter import DIAGONAL
+from metatt_scale.tensor_files import count_values
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +53,8 @@ class Method(NamedTuple):
 
     find: Callable[[PreTrainedModel, AdapterRecipe], TargetMap]
     """Finds the modules it stands behind; weights may be on the meta device."""
+    size: Callable[[TargetMap, Recipe], int]
+    """Counts the values of its result without making them."""
     make: Callable[[TargetMap, Recipe, torch.dtype], Adapter]
     """Makes it for these, computing in this type; it is attached afterwards."""
     start: Callable[[Adapter, PreTrainedModel, World, Engine | None], None] | None = None
@@ -58,15 +66,15 @@ def _named(model: PreTrainedModel, recipe: AdapterRecipe) -> TargetMap:
 
 
 METHODS = {
-    "mtl_lora": Method(_named, MtlLora),
-    "moe_lora": Method(_named, MoeLora),
-    "loretta_adp": Method(find_outputs, LorettaAdp),
-    "loretta_rep": Method(_named, LorettaRep),
-    "head_only": Method(nowhere, HeadOnly),
-    "full": Method(nowhere, Full),
-    "lora": Method(_named, Lora, start_at_weights),
-    "vera": Method(_named, Vera),
-    "adalora": Method(_named, AdaLora),
+    "mtl_lora": Method(_named, sizes.mtl_lora, MtlLora),
+    "moe_lora": Method(_named, sizes.moe_lora, MoeLora),
+    "loretta_adp": Method(find_outputs, sizes.loretta_adp, LorettaAdp),
+    "loretta_rep": Method(_named, sizes.loretta_rep, LorettaRep),
+    "head_only": Method(nowhere, sizes.nothing, HeadOnly),
+    "full": Method(nowhere, sizes.nothing, Full),
+    "lora": Method(_named, sizes.lora, Lora, start_at_weights),
+    "vera": Method(_named, sizes.vera, Vera),
+    "adalora": Method(_named, sizes.adalora, AdaLora),
 }
 
 
@@ -116,8 +124,9 @@ def reload_adapter(folder: Path, model: PreTrainedModel, recipe: Recipe, device:
     """
     if recipe.adapter.kind in INNER_BONDS:
         adapter: Adapter = load_adapter(folder, model, device)
+        _check_modes(adapter, recipe, folder)
     else:
-        target_map = read_targets(folder)
+        target_map = _read_targets(folder, recipe)
         check_fit(model, target_map, folder)
         put_head(model, folder)
         adapter = make_alone(target_map, recipe, compute_dtype(model))
@@ -133,8 +142,11 @@ def read_alone(folder: Path, recipe: Recipe) -> Adapter:
     Raises:
         ValueError: damaged files.
     """
-    is_chain = recipe.adapter.kind in INNER_BONDS
-    adapter = read_adapter(folder) if is_chain else make_alone(read_targets(folder), recipe, torch.float32)
+    if recipe.adapter.kind in INNER_BONDS:
+        adapter: Adapter = read_adapter(folder)
+        _check_modes(adapter, recipe, folder)
+    else:
+        adapter = make_alone(_read_targets(folder, recipe), recipe, torch.float32)
     adapter.head = trained_head(folder)
     if adapter.n_head != (wanted := read_description(folder).get("head_parameters", 0)):
         raise ValueError(
@@ -144,6 +156,33 @@ def read_alone(folder: Path, recipe: Recipe) -> Adapter:
     if adapter.targets:  # else it is the model's own weights that train
         fill(adapter, folder)
     return adapter
+
+
+def _check_modes(adapter: Adapter, recipe: Recipe, folder: Path) -> None:
+    """Refuse a chain that is none of the recipe's kind, or knows another number of tasks."""
+    assert isinstance(adapter, ChainAdapter)
+    spec, kind = adapter.spec, recipe.adapter.kind
+    tasks = len(recipe.tasks) if "task" in KINDS[kind] else None
+    if sorted(spec.modes) != sorted(KINDS[kind]) or spec.diagonal != (kind in DIAGONAL) or spec.n_tasks != tasks:
+        raise ValueError(
+            f"{folder}: metatt.json describes a {adapter.summary()}, but its recipe is of kind {kind} with "
+            f"{len(recipe.tasks)} tasks; the file is damaged, take it from a backup"
+        )
+
+
+def _read_targets(folder: Path, recipe: Recipe) -> TargetMap:
+    """Return the targets of a saved adapter, once its file is known to hold as many values as these make."""
+    target_map, method = read_targets(folder), METHODS[recipe.adapter.kind]
+    if method.size is sizes.nothing and not target_map.targets:
+        return target_map
+    wanted, found = method.size(target_map, recipe), count_values(folder / WEIGHTS, HEAD_PREFIX)
+    if found != wanted or not target_map.targets:
+        raise ValueError(
+            f"{folder}: metatt.json and its recipe describe an adapter of {wanted:,} values behind "
+            f"{len(target_map.targets)} modules, {WEIGHTS} holds "
+            f"{found:,}; the files do not belong together, take the adapter from a backup"
+        )
+    return target_map
 
 
 def find(model: PreTrainedModel, recipe: AdapterRecipe) -> TargetMap:

@@ -108,6 +108,7 @@ def _take_head(
     parameters: dict[str, Any] = dict(model.named_parameters())
     own = head_tensors(model) if adapter.head is None else adapter.head.named("")
     ours, theirs, last = label_rows(recipe.label_sets), label_rows(before.label_sets), last_linear(old)
+    _check_head({name: tuple(value.shape) for name, value in own.items()}, old, last, before)
     for name, value in old.items():
         place = parameters[name] if adapter.head is None else own[name]
         if hasattr(place, "full_tensor") or hasattr(place, "ds_id"):
@@ -120,3 +121,14 @@ def _take_head(
                 counts = f"{len(value[theirs[task]])} there and {len(place[ours[task]])} here"
                 raise ValueError(f"{f'task {task!r}' if task else 'the head'} has other labels: {counts}")
             place[ours[task]] = value[theirs[task]].to(place)
+
+
+def _check_head(own: Mapping[str, tuple[int, ...]], old: Mapping[str, Tensor], last: str, before: Recipe) -> None:
+    """Refuse a head of other parameters, or not as its recipe says; of the last linear the labels may differ."""
+    for name in {**own, **old}:
+        found = tuple(old[name].shape) if name in old else None
+        wanted = own.get(name)
+        if wanted is not None and name.rpartition(".")[0] == last:
+            wanted = (before.head_outputs or wanted[0], *wanted[1:])
+        if found is None or found != wanted or not old[name].is_floating_point():
+            raise ValueError(f"its head has {name} of shape {found}, this model's {wanted}; take its backbone")

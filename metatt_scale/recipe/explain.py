@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from metatt_scale.json_files import show
 
 _MAX_PROBLEMS = 10
 
@@ -128,9 +129,3 @@ def _description(keys: tuple[str, ...], schema: type[BaseModel]) -> str:
     itself = _section(keys, schema)
     text = (field.description if field else None) or (itself.__doc__ if itself else None)
     return " ".join((text or "see recipes/recipe.schema.json").split())
-
-
-def show(value: Any) -> str:
-    """Return a value as it would stand in the recipe, shortened; text in quotes."""
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) < 80 else shown[:77] + "..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from metatt_scale.json_files import show, unusable
 from metatt_scale.paths import user_path
-from metatt_scale.recipe.explain import explain, show
+from metatt_scale.recipe.explain import explain
 from metatt_scale.recipe.schema import Recipe
-from metatt_scale.strict_json import is_unicode
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _MAX_BYTES = 1 << 20  # a recipe has a few hundred lines at most; whoever passes a model or a data set hears so
@@ -143,7 +142,8 @@ def validate(data: dict[str, Any], source: str) -> Recipe:
 
 def check(data: dict[str, Any], source: str, schema: type[Schema]) -> Schema:
     """Check a plain mapping against a schema; `source` names it in error messages."""
-    _refuse_unusable(data, source, ())
+    if problem := unusable(data):
+        raise RecipeError(f"{source}: {problem}")
     try:
         # The JSON route lets strict mode accept YAML lists where the schema says tuple.
         return schema.model_validate_json(json.dumps(data), strict=True)
@@ -207,24 +207,6 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {_shortened(override)}: {problem}")
         node = child
     node[keys[-1]] = parse_yaml(text, f"override {_shortened(override)}")
-
-
-def _refuse_unusable(value: Any, source: str, keys: tuple[str, ...]) -> None:
-    """Refuse what JSON or the consumers of a recipe cannot carry: nan, inf, giant integers, half characters."""
-    where = f"{source}: `{'.'.join(keys)}`"
-    if isinstance(value, dict):
-        for key, child in value.items():
-            _refuse_unusable(key, source, (*keys, ascii(key)))
-            _refuse_unusable(child, source, (*keys, key))
-    elif isinstance(value, list):
-        for i, child in enumerate(value):
-            _refuse_unusable(child, source, (*keys, str(i)))
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"{where} is {value}; numbers must be finite")
-    elif isinstance(value, int) and abs(value) >= 1 << 63:
-        raise RecipeError(f"{where} is {show(value)}; whole numbers must be below 2**63")
-    elif isinstance(value, str) and not is_unicode(value):
-        raise RecipeError(f"{where} is {value!a}; it holds half of a surrogate pair, which is no character")
 
 
 def _shortened(override: str) -> str:

@@ -8,40 +8,26 @@ from typing import Any
 
 from pydantic import Field
 
+from metatt_scale.json_files import Count, Form, Number, parse_object, problem_of
 from metatt_scale.recipe import validate
 from metatt_scale.report.runs import of_last_ranks, ranks_of
+from metatt_scale.run_files import DescriptionForm, ResultsForm, Sizes
 from metatt_scale.study.contents import changed_files
-from metatt_scale.study.forms import Form, Number, parse_object, problem_of
 from metatt_scale.study.runs import OpenStudy, Run, digest_of
 from metatt_scale.study.schema import HEADLINE, Score
 
 _ADAPTER, _METRICS, _SCORES = "adapter/metatt.json", "metrics.jsonl", "results.json"
 
 
-class _AdapterForm(Form):
+class _AdapterForm(DescriptionForm):
     recipe: dict[str, Any]
-    contents: dict[str, str] = Field(default={})
-    trainable_parameters: int
-    head_parameters: int = 0
-    ranks: list[int] | None = None
+    trainable_parameters: Count
 
 
 class _EvaluationForm(Form):
-    ranks: list[int] | None = None
+    ranks: Sizes | None = None
     settled: bool = True
     __pydantic_extra__: dict[str, Number | None] = Field(init=False)  # type: ignore[assignment]
-
-
-class _TaskForm(Form):
-    metric: str
-
-
-class _FineTunedForm(Form):
-    fine_tuned: dict[str, _TaskForm]
-
-
-class _ScoresForm(Form):
-    scores: _FineTunedForm
 
 
 def is_trained(run: Run) -> bool:
@@ -131,9 +117,7 @@ def _telling(run: Run, file: str, line: int | None = None) -> Iterator[None]:
 
 def _description(run: Run) -> dict[str, Any]:
     with _telling(run, _ADAPTER):
-        description = parse_object((run.folder / _ADAPTER).read_bytes())
-        _AdapterForm.model_validate(description)
-    return description
+        return parse_object((run.folder / _ADAPTER).read_bytes(), _AdapterForm)
 
 
 def _evaluations(run: Run, score: Score) -> list[dict[str, Any]]:
@@ -145,7 +129,7 @@ def _evaluations(run: Run, score: Score) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         with _telling(run, _METRICS, number):
-            told = parse_object(line)
+            told = parse_object(line, Form)
             found = {key: value for key, value in told.items() if _is_number(key, score)}
             if found:
                 about = {key: told[key] for key in ("ranks", "settled") if key in told}
@@ -173,7 +157,13 @@ def _task_scores(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     if not tasks:
         return {}
     with _telling(run, _SCORES):
-        results = parse_object((run.folder / _SCORES).read_bytes())
-        _ScoresForm.model_validate(results)
-    scores = results["scores"]["fine_tuned"]
-    return {task: {"last": scores[task][scores[task]["metric"]], "best": None, "per_epoch": []} for task in tasks}
+        results = parse_object((run.folder / _SCORES).read_bytes(), ResultsForm, 256 << 20)
+        scores = results.get("scores", {}).get("fine_tuned", {})
+        if missing := [task for task in tasks if task not in scores]:
+            raise ValueError(f"it has no score of {', '.join(missing)}")
+    return {task: {"last": _mean(scores[task]), "best": None, "per_epoch": []} for task in tasks}
+
+
+def _mean(score: Mapping[str, Any]) -> float:
+    answers = score["samples"][score["metric"]]
+    return answers.count("1") / len(answers)

@@ -6,23 +6,27 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from metatt_scale.files import fsync_folder, naming, write_text
+from metatt_scale.json_files import Count, Form, Size, parse_object, problem_of
 from metatt_scale.study.contents import changed_files
-from metatt_scale.study.forms import Form, Number, parse_object, problem_of
 from metatt_scale.study.runs import Run
 
 Line = dict[str, Any]
 Key = tuple[str, int, str | None]
 
 
+# Sums and squares of these, which tables are made of, are finite.
+_Number = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+
+
 class _ScoreForm(Form):
-    last: Number | None
-    best: Number | None
-    per_epoch: list[Number | None]
+    last: _Number | None
+    best: _Number | None
+    per_epoch: list[_Number | None]
 
 
 class _RunForm(Form):
@@ -32,11 +36,14 @@ class _RunForm(Form):
     digest: str
     overrides: list[str]
     scores: dict[str, _ScoreForm]
-    seconds: Number
-    trainable_parameters: int
-    head_parameters: int = 0
-    ranks: list[int]
+    seconds: Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+    trainable_parameters: Count
+    head_parameters: Count = 0
+    ranks: list[Size]
     data: dict[str, str] = Field(default={})
+    device: str | None = None
+    torch: str | None = None
+    metatt_scale: str | None = None
     git_commit: str | None = None
 
 
@@ -44,7 +51,7 @@ class _ChoiceForm(Form):
     arm: str
     chosen: str
     by: str
-    means: dict[str, Number | None]
+    means: dict[str, _Number | None]
 
 
 class Results:
@@ -68,7 +75,7 @@ class Results:
             if not line.strip():
                 continue
             try:
-                self._take(parse_object(line))
+                self._take(parse_object(line, Form))
             except ValueError as error:
                 if number > len(lines):
                     self.cut_short = line.decode("utf-8", errors="replace")

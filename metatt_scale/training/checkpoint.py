@@ -10,7 +10,6 @@ Everything else a run needs is a pure function of (recipe, step): data order, dr
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -20,20 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from metatt_scale.adapter import Adapter
 from metatt_scale.determinism import kernels_of
 from metatt_scale.files import new_folder, save_tensors, sha256, write_json
+from metatt_scale.json_files import read_json
 from metatt_scale.parallel import World
 from metatt_scale.recipe import Recipe, validate
+from metatt_scale.run_files import MarkerForm, StateForm
 from metatt_scale.tensor import check_chain
+from metatt_scale.tensor_files import Forms, TensorForm, difference, forms_of, read_tensors
 from metatt_scale.training.optimizer import Moments, moments_of, named
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of an adapter's tensors, by name."""
 
 _MARKER, _STATE, _TENSORS = "COMPLETE", "state.json", "state.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -76,6 +73,10 @@ class RunState:
     """Tasks of that other one."""
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     """Sweeps so far: step, and ranks after it."""
+    start_values: str = ""
+    """Digest of the trained values before the first step; empty where an earlier version began the run."""
+    last_evaluation_finite: bool = True
+    """False where the last evaluation gave a loss that is not finite."""
     finished: bool = False
     """Nothing is left to train (all steps done, or stopped early)."""
 
@@ -136,15 +137,10 @@ class Snapshot:
 
     @classmethod
     def from_message(cls, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
-        """Undo `to_message`.
-
-        Raises:
-            KeyError, TypeError: something is missing or of another form.
-        """
+        """Undo `to_message`."""
         moments: dict[str, Moments] = {}
-        for name, key, tensor in (
-            (*found.removeprefix("adam:").rsplit(":", 1), t) for found, t in tensors.items() if found[:5] == "adam:"
-        ):
+        for found, tensor in named(tensors, "adam:").items():
+            name, _, key = found.rpartition(":")
             moments.setdefault(name, {})[key] = tensor
         return cls(
             progress=RunState(**state["progress"]),
@@ -157,6 +153,30 @@ class Snapshot:
             threads=state["threads"],
             kernels=state.get("kernels", cls.kernels),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a checkpoint of a run must hold; nothing else is installed."""
+
+    values: Forms
+    """Of the adapter's tensors. Where the recipe has a sweep, the ranks of its cores may be others."""
+    trained: frozenset[str]
+    """Names of those that have AdamW's moments."""
+    head: Forms
+    """Of a classifier's frozen head."""
+    total_steps: int | None
+    """Of the whole run; None where that is not known."""
+
+
+def expected(adapter: Adapter, head: Mapping[str, Tensor] | None = None, total_steps: int | None = None) -> Expected:
+    """Return what a checkpoint of a run with this adapter must hold."""
+    return Expected(
+        values=forms_of(adapter.tensors()),
+        trained=frozenset(adapter.trained()),
+        head=forms_of(head or {}),
+        total_steps=total_steps,
+    )
 
 
 def take_snapshot(
@@ -187,7 +207,7 @@ def save(root: Path, snapshot: Snapshot, recipe: Recipe) -> Path:
 
     Later steps are there only where they were passed over as damaged; they go too.
     """
-    folder = root / f"step-{snapshot.progress.step:06d}"
+    folder = root / _folder_name(snapshot.progress.step)
     state, tensors = snapshot.to_message()
     state |= {"torch": torch.__version__, "recipe": recipe.model_dump(mode="json")}
     with new_folder(folder, replace=True) as temporary:
@@ -210,48 +230,104 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load(folder: Path, recipe: Recipe, shapes: Shapes) -> Snapshot:
+def load(folder: Path, recipe: Recipe, wanted: Expected) -> Snapshot:
     """Read one checkpoint.
 
     Raises:
-        DamagedCheckpointError: cut short, wrong hash or unreadable.
+        DamagedCheckpointError: cut short, wrong hash, or not what a run leaves.
         ValueError: made by another recipe, or for tensors of other shapes.
     """
     state = _verified_state(folder)
-    differences = _differences(_with_defaults(state.get("recipe", {})), recipe.model_dump(mode="json"))
+    differences = _differences(_with_defaults(state["recipe"]), recipe.model_dump(mode="json"))
     if differences:
         raise ValueError(
             f"{folder}: made by another recipe ({'; '.join(differences[:4])}); use another output_dir, or take the "
             "settings back"
         )
     try:
-        snapshot = Snapshot.from_message(state, load_file(folder / _TENSORS))
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
-    found = {name: tuple(value.shape) for name, value in snapshot.values.items()}
-    if missing := shapes.keys() - found.keys():
+        tensors = read_tensors(folder / _TENSORS)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{folder}: unreadable ({error})") from None
+    snapshot = Snapshot.from_message(state, tensors)
+    if missing := wanted.values.keys() - snapshot.values.keys():
         raise DamagedCheckpointError(f"{folder}: unreadable (it lacks {', '.join(sorted(missing))})")
-    if recipe.sweep is not None:  # any ranks, but the same modes
-        check_chain([value for name, value in snapshot.values.items() if name.startswith("core_")])
-        same = _modes(found) == _modes(shapes)
-    else:
-        same = found == dict(shapes)
-    if not same:
-        raise ValueError(
-            f"{folder}: holds tensors of shapes {found}, this run has {dict(shapes)}; not the same adapter"
-        )
+    if problem := _wrong_values(snapshot.values, wanted.values, recipe):
+        raise ValueError(f"{folder}: {problem}; not the same adapter, use another output_dir")
+    problem = _wrong_progress(folder, snapshot.progress, recipe, wanted) or _wrong_tensors(tensors, snapshot, wanted)
+    if problem:
+        raise DamagedCheckpointError(f"{folder}: unreadable ({problem})")
     return snapshot
 
 
-def _modes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    return {name: shape[1:2] if name.startswith("core_") else shape for name, shape in shapes.items()}
+def _wrong_values(values: Mapping[str, Tensor], wanted: Forms, recipe: Recipe) -> str | None:
+    """Return what is wrong with the adapter's tensors; after sweeps the cores have any ranks, but the same modes."""
+    found = forms_of(values)
+    if recipe.sweep is not None:
+        cores = [found[name] for name in wanted if name in found and name.startswith("core_")]
+        if all(len(core.shape) == 3 for core in cores):
+            wanted = _with_ranks_of(found, wanted)
+    problem = difference(found, wanted)
+    if problem is None and recipe.sweep is not None:
+        try:
+            check_chain([value for name, value in values.items() if name.startswith("core_")])
+        except ValueError as error:
+            problem = str(error)
+    return problem
+
+
+def _with_ranks_of(found: Forms, wanted: Forms) -> dict[str, TensorForm]:
+    def adjusted(name: str, form: TensorForm) -> TensorForm:
+        if not name.startswith("core_") or name not in found:
+            return form
+        left, _, right = found[name].shape
+        return form._replace(shape=(left, form.shape[1], right))
+
+    return {name: adjusted(name, form) for name, form in wanted.items()}
+
+
+def _wrong_tensors(tensors: Mapping[str, Tensor], snapshot: Snapshot, wanted: Expected) -> str | None:
+    """Return which tensor is not of the form that goes with the values: fused AdamW would write past its end."""
+    values = forms_of(snapshot.values)
+    forms = {f"value:{name}": form for name, form in values.items()}
+    if snapshot.best:
+        forms |= {f"best:{name}": form for name, form in values.items()}
+    if snapshot.head:
+        forms |= {f"head:{name}": form for name, form in wanted.head.items()}
+    for name in snapshot.moments.keys() & wanted.trained:
+        moment = values[name]
+        forms |= {f"adam:{name}:{key}": moment for key in ("exp_avg", "exp_avg_sq")}
+        forms[f"adam:{name}:step"] = TensorForm((), torch.float32)
+    if problem := difference(forms_of(tensors), forms):
+        return problem
+    bad = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    return f"{bad} is not finite" if bad is not None else None
+
+
+def _wrong_progress(folder: Path, progress: RunState, recipe: Recipe, wanted: Expected) -> str | None:
+    """Return why a run cannot have come to this point."""
+    if folder.name != _folder_name(progress.step):
+        return f"it is of step {progress.step}"
+    total, patience = wanted.total_steps, recipe.training.early_stopping_patience
+    if total is None:
+        return None
+    if progress.step > total:
+        return f"it is of step {progress.step}, but the run has {total}"
+    if progress.finished != (progress.step == total) and not (
+        progress.finished and patience is not None and progress.evaluations_without_gain >= patience
+    ):
+        return f"`progress.finished` is {progress.finished} at step {progress.step} of {total}"
+    return None
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint folder that cannot be trusted; an older one may be."""
 
 
-def newest_valid(root: Path, recipe: Recipe, shapes: Shapes) -> tuple[Path | None, Snapshot | None, list[str]]:
+def newest_valid(root: Path, recipe: Recipe, wanted: Expected) -> tuple[Path | None, Snapshot | None, list[str]]:
     """Return the newest checkpoint that is whole, and a message for each damaged one passed over.
 
     Raises:
@@ -260,7 +336,7 @@ def newest_valid(root: Path, recipe: Recipe, shapes: Shapes) -> tuple[Path | Non
     refused: list[str] = []
     for folder in reversed(list_checkpoints(root)):
         try:
-            return folder, load(folder, recipe, shapes), refused
+            return folder, load(folder, recipe, wanted), refused
         except DamagedCheckpointError as error:
             refused.append(str(error))
     return None, None, refused
@@ -275,21 +351,20 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _verified_state(folder: Path) -> dict[str, Any]:
+    remedy = "remove the folder, or take it from a backup"
     try:
-        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        marker = read_json(folder / _MARKER, MarkerForm, remedy)
         for name in (_STATE, _TENSORS):
             if sha256(folder / name) != marker[name]:
                 raise DamagedCheckpointError(f"{folder}: the hash of {name} is not the one in {_MARKER}")
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        assert isinstance(state, dict)
-        return state
+        return read_json(folder / _STATE, StateForm, remedy)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise DamagedCheckpointError(f"{folder}: cut short, {missing} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        if isinstance(error, DamagedCheckpointError):
-            raise
-        raise DamagedCheckpointError(f"{folder}: unreadable ({error!r})") from None
+    except DamagedCheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{folder}: unreadable ({error})") from None
 
 
 def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:

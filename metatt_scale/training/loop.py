@@ -101,6 +101,10 @@ class Trainer:
         """The adapter, if it is a chain."""
         return self.adapter if isinstance(self.adapter, ChainAdapter) else None
 
+    def expected(self) -> checkpoint.Expected:
+        """Return what a checkpoint of this run must hold."""
+        return checkpoint.expected(self.adapter, self.head, self.total_steps)
+
     # ---- the life of a run
 
     def train(self) -> None:

@@ -196,7 +196,7 @@ def _resume(trainer: Trainer) -> None:
     root = trainer.folder / "checkpoints"
 
     def read() -> Message:
-        path, snapshot, damaged = checkpoint.newest_valid(root, trainer.recipe, trainer.adapter.shapes())
+        path, snapshot, damaged = checkpoint.newest_valid(root, trainer.recipe, trainer.expected())
         for message in damaged:
             _warn(trainer.console, f"skipped a damaged checkpoint: {message}")
         if snapshot is None:

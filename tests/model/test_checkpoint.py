@@ -1,6 +1,7 @@
 """Checkpoints are whole or refused by name, the newest whole one is found, and none is deleted that is needed."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ def trained(tmp_path, **sections):
     """A finished run of six steps with checkpoints 4 and 6; returns its recipe, shapes and checkpoint folder."""
     recipe = toy_recipe(tmp_path, **sections)
     run = train(recipe, quiet())
-    return recipe, run.adapter.shapes(), tmp_path / "run" / "checkpoints"
+    return recipe, checkpoint.expected(run.adapter), tmp_path / "run" / "checkpoints"
 
 
 def names(root):
@@ -48,7 +49,7 @@ def test_round_trip(tmp_path):
         "step-000007",
         ["COMPLETE", "state.json", "state.safetensors"],
     )
-    loaded = checkpoint.load(folder, recipe, trainer.adapter.shapes())
+    loaded = checkpoint.load(folder, recipe, checkpoint.expected(trainer.adapter))
     assert loaded.progress == progress and (loaded.world_size, loaded.threads) == (1, torch.get_num_threads())
     for got, expected in ((loaded.values, trainer.adapter.tensors()), (loaded.best, best)):
         assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
@@ -81,7 +82,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
     trainer = make_trainer(recipe)
     taken = checkpoint.take_snapshot(trainer.adapter, trainer.optimizer, RunState(), {}, "digest", World(device=CPU))
     folder = checkpoint.save(tmp_path, taken, recipe)
-    loaded = checkpoint.load(folder, recipe, trainer.adapter.shapes())
+    loaded = checkpoint.load(folder, recipe, checkpoint.expected(trainer.adapter))
     assert loaded.moments == {} and loaded.best == {}
     trainer.install(loaded.values, loaded.moments)
     one_step(trainer)
@@ -252,8 +253,9 @@ def test_a_state_of_another_version_is_refused(run):
 
 def test_other_shapes_are_refused(run):
     recipe, shapes, root = run
-    with pytest.raises(ValueError, match=r"step-000006: holds tensors of shapes .*not the same adapter") as caught:
-        checkpoint.newest_valid(root, recipe, {**shapes, "core_3": (4, 33, 1)})
+    with pytest.raises(ValueError, match=r"step-000006: core_3 .*not the same adapter") as caught:
+        wider = {**shapes.values, "core_3": shapes.values["core_3"]._replace(shape=(4, 33, 1))}
+        checkpoint.newest_valid(root, recipe, dataclasses.replace(shapes, values=wider))
     assert not isinstance(caught.value, DamagedCheckpointError)
 
 

@@ -83,9 +83,7 @@ def test_an_evaluation_that_is_not_finite_is_no_gain(tmp_path, monkeypatch):
     recipe = toy_recipe(tmp_path, training={"max_steps": 4, "eval_every": 1, "keep": "best"})
     train(recipe, quiet())
     assert [line["eval_loss"] for line in metrics(tmp_path / "run")] == [None, 2.0, None, 1.0]
-    _, saved, _ = checkpoint.newest_valid(
-        tmp_path / "run" / "checkpoints", recipe, make_trainer(recipe).adapter.shapes()
-    )
+    _, saved, _ = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", recipe, make_trainer(recipe).expected())
     assert saved is not None and (saved.progress.best_loss, saved.progress.best_step) == (1.0, 4)
 
 

@@ -12,8 +12,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAUNCHERS = sorted((ROOT / "launch").glob("*.py"))
 
 FLOORS = [
-    {"metatt_scale", "paths", "strict_json", "files", "hashes", "record_files", "device", "determinism", "gpus"}
-    | {"libraries", "process", "shapes", "versions"},
+    {"metatt_scale", "paths", "strict_json", "json_files", "run_files", "tensor_files", "heads", "files", "hashes"}
+    | {"record_files", "device", "determinism", "gpus", "libraries", "process", "shapes", "versions"},
     {"tensor", "recipe", "hardware"},
     {"adapter", "data", "backbone", "parallel"},
     {"methods", "ending"},

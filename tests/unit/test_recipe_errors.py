@@ -136,9 +136,9 @@ OUT_OF_RANGE = [
     case("beta 1", "training: {betas: [0.9, 1.0]}", "in `training`: `betas`", "both must be in [0, 1)"),
     case("one beta", "training: {betas: [0.9]}", "`training.betas` has too few entries"),
     case("three layers", "adapter: {layers: [1, 2, 3]}", "`adapter.layers` is [1, 2, 3]; it must have 2 entries"),
-    case("nan", "training: {learning_rate: .nan}", "`training.learning_rate` is nan; numbers must be finite"),
-    case("inf", "adapter: {alpha: .inf}", "`adapter.alpha` is inf; numbers must be finite"),
-    case("overflow", "adapter: {alpha: 1e999}", "`adapter.alpha` is inf; numbers must be finite"),
+    case("nan", "training: {learning_rate: .nan}", "`training.learning_rate` is NaN; it must be a finite number"),
+    case("inf", "adapter: {alpha: .inf}", "`adapter.alpha` is Infinity; it must be a finite number"),
+    case("overflow", "adapter: {alpha: 1e999}", "`adapter.alpha` is Infinity; it must be a finite number"),
     case("31 digits", f"seed: 1{'0' * 30}", "`seed` is 1000000", "whole numbers must be below 2**63"),
     case("5001 digits", f"seed: 1{'0' * 5000}", "line 5", "a whole number of 5001 digits"),
     whole("empty path", GOOD.replace("path: model", "path: ''"), '`backbone.path` is ""; it must not be empty'),
@@ -212,7 +212,7 @@ OVERRIDES = [
     override("seed=!!python/name:os.system", "override 'seed=!!python/name:os.system'", "is not supported"),
     override("seed=*a", "override 'seed=*a'", "alias *a is not supported"),
     override("seed=nan", '`seed` is "nan"; give a whole number'),
-    override("adapter.alpha=.inf", "`adapter.alpha` is inf; numbers must be finite"),
+    override("adapter.alpha=.inf", "`adapter.alpha` is Infinity; it must be a finite number"),
     override("seed=" + "[" * 20_000, "override 'seed=[[[", "...'", "nested too deeply"),
 ]
 CASES = [*UNKNOWN_KEYS, *CLASSIFIERS, *WRONG_TYPES, *OUT_OF_RANGE, *CONTRADICTIONS, *NOT_YAML, *OVERRIDES]

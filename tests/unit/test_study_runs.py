@@ -362,7 +362,8 @@ def test_tasks_are_scored_by_a_second_process(tmp_path, monkeypatch):
     """A line of results has the score of each task; a task that is added later is scored without training."""
     evaluate = (
         "import json, sys; from pathlib import Path; tasks = sys.argv[2].split(',');"
-        "scores = {task: {'metric': 'acc_norm', 'acc': 0.1, 'acc_norm': 0.75} for task in tasks};"
+        "score = {'metric': 'acc_norm', 'samples': {'acc': '0000', 'acc_norm': '1110'}, 'key': {}, 'seconds': 1};"
+        "scores = dict.fromkeys(tasks, score);"
         "Path(sys.argv[1], 'results.json').write_text(json.dumps({'scores': {'fine_tuned': scores}}))"
     )
     ran = []
