@@ -11,10 +11,12 @@ from matplotlib.ticker import MaxNLocator
 
 from metatt_scale.report.groups import Group, mean_and_error
 from metatt_scale.report.scores import label, main_score
-from metatt_scale.report.theme import WIDTH, Theme, plain
+from metatt_scale.report.theme import WIDTH, Theme, plain, thinned
 
 _SLICE_HEIGHT, _CORE_HEIGHT = 0.16, 0.3
 _MOST_NAMES = 16
+_MOST_LINES = 128
+_TALLEST = 40  # inches of one heat map: a PNG has at most 2^16 pixels
 _SMALLEST = 1e-30  # nothing smaller is drawn on a logarithmic axis: a chain that starts as zero has such values
 
 
@@ -33,11 +35,11 @@ def spectra(group: Group, theme: Theme) -> Figure:
             continue
         x, values = bonds[bond]
         values = np.where(values > _SMALLEST, values, np.nan)
-        for k in range(values.shape[1]):
+        for k in thinned(range(values.shape[1]), _MOST_LINES):
             axes.plot(x, values[:, k], color=colormap(shades(k + 1)), marker="o", markersize=3, linewidth=1.2)
         if np.isfinite(values).any():
             axes.set_yscale("log")
-        for change in group.rank_changes():
+        for change in thinned(list(group.rank_changes()), _MOST_LINES):
             axes.axvline(change, color=theme.ink, linewidth=1, linestyle=":")
         axes.set_title(f"bond {bond + 1}")
         axes.set_xlabel(group.unit)
@@ -54,7 +56,7 @@ def gradients(group: Group, theme: Theme) -> Figure:
     edges, by_mode = group.gradients()
     sliced = {mode: values for mode, values in by_mode.items() if len(values) > 1}
     heights = [1.5, _CORE_HEIGHT * len(by_mode) + 0.1]
-    heights += [max(0.6, _SLICE_HEIGHT * len(values)) for values in sliced.values()]
+    heights += [min(max(0.6, _SLICE_HEIGHT * len(values)), _TALLEST) for values in sliced.values()]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.35 * len(heights) + 0.5))
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights).ravel().tolist()
     _draw_score(panels[0], group, theme)
@@ -67,7 +69,7 @@ def gradients(group: Group, theme: Theme) -> Figure:
         found = group.slice_names(mode)
         named = found if found and len(found) == len(values) else [str(i) for i in range(len(values))]
         _heat_map(axes, edges, values, named, colours, theme)
-        axes.set_title(f"G{list(by_mode).index(mode) + 1} by {mode}")
+        axes.set_title(plain(f"G{list(by_mode).index(mode) + 1} by {mode}"))
     panels[-1].set_xlabel(group.unit)
     figure.colorbar(_mappable(colours, theme.colormap()), ax=panels[1:], label="‖∇G‖ / √|G|", fraction=0.04)
     return figure
@@ -81,9 +83,9 @@ def _draw_score(axes: Axes, group: Group, theme: Theme) -> None:
         error = np.nan_to_num(curve.error)
         low, high = curve.mean - error, curve.mean + error
         axes.fill_between(curve.x, low, high, color=theme.colours[0], alpha=0.2, linewidth=0)
-    for change in group.rank_changes():
+    for change in thinned(list(group.rank_changes()), _MOST_LINES):
         axes.axvline(change, color=theme.ink, linewidth=1, linestyle=":")
-    axes.set_title(label(key))
+    axes.set_title(plain(label(key)))
 
 
 def _heat_map(

@@ -53,12 +53,14 @@ def run(options: Namespace) -> int:
     _check_matplotlib()
     from metatt_scale.report.page import count, page
     from metatt_scale.report.pictures import pictures
+    from metatt_scale.report.scores import readable
 
     console = Console(markup=False)
     with console.status("drawing"):
         drawn = pictures(groups)
     _write(folder, page(groups, drawn), drawn)
-    console.print(f"report of {count(len(groups), 'group')}: {folder / _PAGE}", highlight=False, soft_wrap=True)
+    place = readable(str(folder / _PAGE))
+    console.print(f"report of {count(len(groups), 'group')}: {place}", highlight=False, soft_wrap=True)
     return 0
 
 

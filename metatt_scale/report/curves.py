@@ -14,15 +14,16 @@ from matplotlib.ticker import MaxNLocator
 from metatt_scale.recipe.scores import is_loss
 from metatt_scale.report.groups import Curve, Group, span
 from metatt_scale.report.scores import label, score_keys
-from metatt_scale.report.theme import Theme, grid, legend
+from metatt_scale.report.theme import Theme, grid, legend, plain, thinned
 
 _MOST_POINTS = 150  # of a curve with a value at every logged step; more would be a band of noise
-_MOST_ARROWS = 8
+_MOST_ARROWS, _MOST_POINTERS = 8, 100  # with text, and all
+_MOST_PANELS = 40
 
 
 def scores(groups: Sequence[Group], theme: Theme) -> Figure:
     """Draw the training loss and everything evaluations gave, with arrows where ranks change."""
-    keys = ["loss", *score_keys(groups)]
+    keys = ["loss", *score_keys(groups)][:_MOST_PANELS]
     figure, panels = grid(len(keys))
     for key, axes in zip(keys, panels, strict=True):
         for index, group in enumerate(groups):
@@ -83,7 +84,7 @@ def _point_at_changes(axes: Axes, group: Group, curve: Curve, theme: Theme, inde
     """Let arrows show where a group's ranks change, and to what, from the side to which the curve jumps then."""
     changes, colour = group.rank_changes(), theme.style(index)["color"]
     away = 24 + 14 * (index % 3)  # groups that change together have their labels above one another
-    for place, (x, found) in enumerate(changes.items()):
+    for place, (x, found) in thinned(list(enumerate(changes.items())), _MOST_POINTERS):
         told = len(changes) <= _MOST_ARROWS or place == len(changes) - 1
         note = axes.annotate(
             f"r = {span(found)}" if told else "",
@@ -108,6 +109,6 @@ def _start_at_zero(axes: Axes) -> None:
 
 
 def _finish(axes: Axes, groups: Sequence[Group], title: str) -> None:
-    axes.set_title(title)
+    axes.set_title(plain(title))
     axes.set_xlabel(groups[0].unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

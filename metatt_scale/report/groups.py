@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from metatt_scale.recipe import Recipe
-from metatt_scale.report.runs import Run, number, ranks_of
+from metatt_scale.report.runs import LARGEST, Run, number, ranks_of
 
 _NO_DIFFERENCE = ("seed", "output_dir", "device")
 _FEW_EPOCHS, _MOST_COLUMNS = 5, 40  # a heat map of two epochs would show nothing: it gets finer columns
+_MOST_EPOCHS = 500  # of which each has a column; of more, several have one
 MODES = ("input", "layer", "task", "projection", "head", "output")
 """The paper's orders of the chain, of all kinds in one."""
 
@@ -129,7 +130,8 @@ class Group:
         """Return edges of a heat map's columns in steps: epochs, or finer where there are few."""
         last, epochs = max(line["step"] for line in lines), max(line["epoch"] for line in lines) + 1
         if epochs >= _FEW_EPOCHS:
-            return np.arange(epochs + 1) * self.steps_per_epoch
+            every = -(-epochs // _MOST_EPOCHS)
+            return np.arange(-(-epochs // every) + 1) * every * self.steps_per_epoch
         return np.linspace(0, last, min(_MOST_COLUMNS, len({line["step"] for line in lines})) + 1)
 
     def _table(self, read: Callable[[Mapping[str, Any]], Iterable[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +144,7 @@ class Group:
         for r, values in enumerate(found):
             for step, row in values.items():
                 table_RTS[r, place[step], : len(row)] = row  # None, where a number was not finite, becomes nan
-        table_RTS[~np.isfinite(table_RTS)] = np.nan
+        table_RTS[~(np.abs(table_RTS) <= LARGEST)] = np.nan
         return np.array(steps), table_RTS
 
 

@@ -14,7 +14,7 @@ from metatt_scale.recipe.scores import is_loss
 from metatt_scale.report import MARK
 from metatt_scale.report.groups import Group, mean_and_error, span
 from metatt_scale.report.runs import Run, of_last_ranks, ranks_of, values_of
-from metatt_scale.report.scores import PREFIX, label, score_keys
+from metatt_scale.report.scores import PREFIX, label, readable, score_keys
 
 _NOTHING = "–"
 _STYLE = """
@@ -53,7 +53,7 @@ class Picture:
 def page(groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
     """Return the whole report as HTML."""
     title = "MetaTT: " + ", ".join(group.name for group in groups)
-    return f"""<!DOCTYPE html>
+    text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -66,7 +66,7 @@ def page(groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
 <h1>{count(sum(len(group.runs) for group in groups), "run")} in {count(len(groups), "group")}</h1>
 <p>Runs that differ only in their seed form a group. Numbers are means over its runs ± the standard error of the mean;
 “last” is the last evaluation that a run has reached, “best” the best of each run among those with the ranks of its
-last one. Tokens per second are the median of a run, memory is its peak.</p>
+last one. Tokens per second are the median of a run, memory is its peak. Numbers beyond 1e30 count as not finite.</p>
 {_table(*_summary(groups))}
 {"".join(map(_figure, pictures))}
 <h2>Runs</h2>
@@ -75,6 +75,7 @@ last one. Tokens per second are the median of a run, memory is its peak.</p>
 </body>
 </html>
 """
+    return readable(text)
 
 
 def _figure(picture: Picture) -> str:

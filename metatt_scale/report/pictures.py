@@ -14,13 +14,15 @@ from metatt_scale.report.theme import Theme, render
 
 _SCORES = (
     "Means over seeds; bands are standard errors. Arrows show where the ranks of the chain change, and to what. "
-    "Training losses are as logged, of long runs averaged over neighbouring steps."
+    "Training losses are as logged, of long runs averaged over neighbouring steps. Of more than 39 scores the first "
+    "are drawn; the table has all."
 )
 _RANKS = "Inner bonds of the chain count from the left; where all have the same rank, one panel shows it."
 _SPEED = "As logged, of long runs averaged over neighbouring steps."
 _SPECTRA = (
     "Singular values of the chain at each bond with the orthogonality centre there, means over seeds, a line per "
-    "index. Dotted lines show where ranks change; values of exactly zero are left out."
+    "index (of more than 128 indices, of as many of them). Dotted lines show where ranks change; values of exactly "
+    "zero are left out."
 )
 _GRADIENTS = (
     "Norm of the gradient of each core, and of each slice of the middle ones, over the square root of its number of "

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from metatt_scale.json_files import Form, parse_object, read_json
 from metatt_scale.paths import user_path
 from metatt_scale.recipe import Recipe, load_recipe
+from metatt_scale.run_files import DescriptionForm, Sizes, Step
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
-_Whole = Annotated[int, Field(ge=0, lt=10**9)]  # no run has more steps, and axes cannot hold many more
-_Sizes = Annotated[list[Annotated[int, Field(ge=1, lt=2**53)]], Field(min_length=1)]
-_Numbers = Annotated[list[float | None], Field(min_length=1)]
+LARGEST = 1e30
+"""Numbers beyond are taken for what is not finite: sums of their squares are not, and no axis holds them."""
+_Values = Annotated[list[float | None], Field(min_length=1, max_length=8192)]
+"""No bond has more singular values; nor has a mode that is told slice by slice more slices."""
+_Modes = Literal["input", "layer", "site", "task", "projection", "head", "output"]
 
 
-class _Form(BaseModel):
+class _SweepForm(Form):
+    ranks_before: Sizes | None = None
+    ranks_after: Sizes | None = None
+
+
+class _LineForm(Form):
     """What is there must have this form; where a null stands, or a number of no interest, nothing is asked."""
 
-    model_config = ConfigDict(strict=True)
-
-
-class _SweepForm(_Form):
-    ranks_before: _Sizes | None = None
-    ranks_after: _Sizes | None = None
-
-
-class _LineForm(_Form):
-    step: _Whole
-    epoch: _Whole
-    ranks: _Sizes | None = None
+    step: Step
+    epoch: Step
+    skipped: Step | None = None
+    ranks: Sizes | None = None
     sweep: _SweepForm | None = None
-    gradient_norms: dict[str, _Numbers] | None = None
-    spectra: Annotated[list[_Numbers], Field(min_length=1)] | None = None
+    gradient_norms: dict[_Modes, _Values] | None = None
+    spectra: Annotated[list[_Values], Field(min_length=1, max_length=8)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> _LineForm:
@@ -50,13 +50,6 @@ class _LineForm(_Form):
         """Return how many bonds the line speaks of: one number, if it is right."""
         sweep = self.sweep or _SweepForm()
         return {len(found) for found in (self.ranks, sweep.ranks_before, sweep.ranks_after, self.spectra) if found}
-
-
-class _DescriptionForm(_Form):
-    sizes: _Sizes | None = None
-    ranks: _Sizes | None = None
-    modes: list[str] | None = None
-    trainable_parameters: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +96,10 @@ def values_of(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def number(line: Mapping[str, Any], key: str) -> float:
-    """Return what a line has under a key, nan where that is no number."""
+    """Return what a line has under a key, nan where that is no number, or too large."""
     value = line.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= LARGEST else math.nan
 
 
 def ranks_of(line: Mapping[str, Any]) -> list[int] | None:
@@ -162,13 +156,13 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     A line is passed over that is no step, or whose chain has another number of bonds than most lines have.
     """
     read: list[tuple[dict[str, Any], set[int]]] = []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    texts = path.read_bytes().splitlines()
     for text in texts:
         try:
-            line = json.loads(text)
-            read.append((line, _LineForm.model_validate(line).bonds()))
-        except (ValueError, RecursionError):
+            line = parse_object(text, _LineForm, parse_constant=lambda _: None)  # NaN, Infinity: of earlier versions
+        except ValueError:
             continue
+        read.append((line, _LineForm.model_validate(line).bonds()))
     usual = {bonds for bonds, _ in Counter(next(iter(b)) for _, b in read if len(b) == 1).most_common(1)}
     lines = [line for line, bonds in read if bonds <= usual]
     found = {line["step"]: line for line in lines}
@@ -178,8 +172,6 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _read_description(path: Path) -> dict[str, Any]:
     """Return an adapter's description; a report does without one that is missing or damaged."""
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        _DescriptionForm.model_validate(description)
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, DescriptionForm, "")
+    except (OSError, ValueError):
         return {}
-    return description

@@ -31,6 +31,11 @@ def label(key: str) -> str:
     return _LABELS.get(key, key.removeprefix(PREFIX).replace("_", " "))
 
 
+def readable(text: str) -> str:
+    """Return text that any file can hold: names of folders and labels may have bytes that are no character."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def main_score(group: Group) -> str:
     """Return what tells best how good a group is: its headline, else another score, else a loss."""
     keys = score_keys([group])

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,12 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy import linspace
 
+from metatt_scale.report.scores import readable
+
 WIDTH = 9.6
 """Of every figure, in inches."""
 _DPI = 150
 _MARKERS = "osD^vP*"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _LONGEST_NAME = 110
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +106,18 @@ def render(draw: Callable[[Theme], Figure]) -> dict[str, bytes]:
     return result
 
 
+def thinned(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """Return at most so many of some items, evenly chosen, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
 def plain(text: str) -> str:
     """Return text as it is to be read: not as a formula, on one line, and not too long for a legend."""
-    line = " ".join(text.split()).replace("$", r"\$")
-    return line if len(line) <= _LONGEST_NAME else line[: _LONGEST_NAME - 1] + "…"
+    line = readable(" ".join(text.split()))
+    line = line if len(line) <= _LONGEST_NAME else line[: _LONGEST_NAME - 1] + "…"
+    return line.replace("$", r"\$")
 
 
 def legend(figure: Figure, theme: Theme, names: Sequence[str]) -> None:

@@ -331,6 +331,48 @@ def test_a_section_that_others_have_not_is_named_by_what_it_sets(tmp_path):
     ]
 
 
+ODD = [
+    ({"loss": 1e308, "eval_loss": -1e308, "tokens_per_second": 1e308, "memory_gib": -1e308}, True),
+    ({"spectra": [[1e308] * 4] * 3, "gradient_norms": {"layer": [1e308, -1e308, None]}}, True),
+    ({"loss": 10**400}, False),
+    ({"note": {"deep": [10**400]}}, False),
+    ({"eval_$x_{$": 0.5, r"eval_$\frac$": 0.5}, True),
+    ({f"eval_{i}": 0.5 for i in range(100)}, True),
+    ({"ranks": [2] * 3000, "spectra": [[1.0]] * 3000}, False),
+    ({"spectra": [[1.0] * 8000] * 3}, True),
+    ({"gradient_norms": {"layer": [1.0] * 8000}}, True),
+    ({"gradient_norms": {str(i): [1.0] for i in range(3000)}}, False),
+    ({"step": 10**9 - 1, "epoch": 10**9 - 1}, True),
+    ({"skipped": {"a": 1}}, False),
+]
+"""What lines may hold besides, and whether such a line is taken."""
+
+
+def test_odd_numbers_and_names_have_a_report(tmp_path, capsys):
+    first, taken = next(lines_of("fixed", 1)), 1
+    run = make_run(tmp_path / "a", lines=[first])
+    odd = [{**first, "step": 100 + i, "epoch": 30, **change} for i, (change, _) in enumerate(ODD)]
+    for line, (_, wanted) in zip(odd, ODD, strict=True):
+        (run / "metrics.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(line) + "\n")
+        assert read_runs([run])[0].passed_over == (not wanted), line
+        taken += wanted
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [first, *odd]))
+    assert len(read_runs([run])[0].lines) == taken
+    assert report(run) == 0, capsys.readouterr().err
+
+
+def test_halves_of_surrogate_pairs_are_no_obstacle(tmp_path):
+    """In a line of metrics, in a description, in the name of a folder and in a label."""
+    runs = [make_run(tmp_path / "a\udcff", output_dir="a"), make_run(tmp_path / "b", "swept")]
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "epoch": 7, "eval_\\udcff": 1.0}\n')
+    about = json.loads((runs[0] / "adapter" / "metatt.json").read_text())
+    (runs[0] / "adapter" / "metatt.json").write_text(json.dumps(about | {"projections": ["\ud800", "value"]}))
+    assert [run.passed_over for run in read_runs(runs)] == [1, 0]
+    assert report(*runs, "--out", tmp_path / "out", "--label", "x\udcff", "$y$") == 0
+    assert "x?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_names_cannot_add_to_the_page(tmp_path):
     runs = [make_run(tmp_path / "<script>alert(1)"), make_run(tmp_path / "$b$_&", "swept")]
     out = tmp_path / "out"
