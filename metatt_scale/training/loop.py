@@ -25,7 +25,7 @@ from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
 from metatt_scale.training.checks import METRICS_FILE, why_hopeless
 from metatt_scale.training.evaluations import forgetting, judge
-from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, peak_memory_gib, shown
+from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, left_out, peak_memory_gib, shown
 from metatt_scale.training.objective import evaluate_tasks, make_objective
 from metatt_scale.training.optimizer import Moments, apply, clip, install, learning_rate, make_optimizer, moments_of
 from metatt_scale.training.reduce import PendingSums, sum_step
@@ -115,7 +115,7 @@ class Trainer:
             ValueError: too many steps in a row were not finite; the last good cores are saved.
         """
         first = self.world.is_first
-        metrics = MetricsFile(self.folder / METRICS_FILE, self.progress.step) if first else None
+        metrics = self._open_metrics() if first else None
         trackers = Trackers(self.recipe, self.folder, self.console) if first else None
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
         if self.recipe.adapter.start_from and not self.progress.step and self.data.validation is not None:
@@ -148,6 +148,12 @@ class Trainer:
             if metrics and trackers:
                 trackers.close()
                 metrics.close()
+
+    def _open_metrics(self) -> MetricsFile:
+        metrics = MetricsFile(self.folder / METRICS_FILE, self.progress.step)
+        if metrics.left_out:
+            self.console.print(left_out(metrics), style="yellow", highlight=False, soft_wrap=True)
+        return metrics
 
     def _unread_steps(self) -> int:
         """Return how many steps may stay unread: the one in work, unless something is due that needs its numbers."""

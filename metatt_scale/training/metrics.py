@@ -15,19 +15,43 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from metatt_scale.files import naming, write_text
+from metatt_scale.json_files import Form, parse_object
 from metatt_scale.recipe import Recipe, task_headline
+from metatt_scale.run_files import Step
 
 
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each with its `step`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
+        """Open the file, without the lines behind a step, which will be written again, and those that are none.
+
+        Args:
+            path: of the file, which may be there.
+            resume_step: of the checkpoint from which the run goes on.
+        """
         self._path = path
+        self.left_out: list[int] = []
+        """Numbers of the lines that could not be read; the last line of a killed run is not among them."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():  # what a killed run wrote after its last checkpoint will be written again
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
-            write_text(path, "".join(line + "\n" for line in kept))
+        if path.exists():
+            write_text(path, self._kept(path.read_bytes(), resume_step))
         self._file = path.open("a", encoding="utf-8")
+
+    def _kept(self, content: bytes, resume_step: int) -> str:
+        kept = []
+        lines = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                # NaN and Infinity: of versions that wrote them.
+                step = parse_object(line, _LineForm, parse_constant=lambda _: None)["step"]
+            except ValueError:
+                if line.strip() and number < len(lines):
+                    self.left_out.append(number)
+                continue
+            if step <= resume_step:
+                kept.append(line.decode("utf-8") + "\n")
+        return "".join(kept)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
@@ -41,11 +65,17 @@ class MetricsFile:
             self._file.close()
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short
+def left_out(metrics: MetricsFile) -> str:
+    """Return what to say of the lines that were left out."""
+    numbers = ", ".join(map(str, metrics.left_out[:10])) + (", ..." if len(metrics.left_out) > 10 else "")
+    return (
+        f"metrics.jsonl: left out {len(metrics.left_out)} lines that could not be read (line {numbers}); all others "
+        "were kept"
+    )
+
+
+class _LineForm(Form):
+    step: Step
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -336,3 +336,18 @@ def test_a_launcher_that_says_half_is_refused(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is 2, but RANK"):
         train(toy_recipe(tmp_path), quiet())
+
+
+def test_lines_that_cannot_be_read_are_left_out_of_metrics_and_told(tmp_path):
+    recipe = toy_recipe(tmp_path)
+    train(recipe, quiet())
+    file = tmp_path / "run" / "metrics.jsonl"
+    whole = file.read_bytes().splitlines(keepends=True)
+    bad = [b'\xff\xfe{"step": 1}\n', b"[1]\n", b'{"step": true}\n', b"[" * 100_000 + b"\n", b'{"step": 1e400}\n']
+    file.write_bytes(whole[0] + b"".join(bad) + b'{"step": 2, "spectra": [NaN]}\n' + b"".join(whole[2:]) + b'{"st')
+    train(recipe, console := quiet())
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in kept] == [1, 2, 3, 4, 5, 6]
+    assert "left out 5 lines" in said(console) and "2, 3, 4, 5, 6" in said(console)
+    train(recipe, console := quiet())
+    assert "left out" not in said(console) and len(metrics(tmp_path / "run")) == 6
