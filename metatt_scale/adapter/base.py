@@ -35,6 +35,12 @@ class LoraPair(NamedTuple):
     """(output x r)"""
 
 
+def _product_is_not_zero(pair: LoraPair) -> bool:
+    """Return whether B A has an entry that is not zero: |B A|^2 = <B^T B, A A^T>, without the product."""
+    a_RI, b_OR = pair.lora_A.double(), pair.lora_B.double()
+    return bool((b_OR.mT @ b_OR * (a_RI @ a_RI.mT)).sum() != 0)
+
+
 class Adapter(nn.Module, ABC):
     """The owner of all trained parameters of a run."""
 
@@ -147,6 +153,15 @@ class Adapter(nn.Module, ABC):
         """
         for pair in self.lora_pairs():
             yield self.alpha * (pair.lora_B @ pair.lora_A).mT
+
+    @torch.no_grad()
+    def is_zero(self) -> bool:
+        """Return whether nothing is added to any target, whatever the task; False where there are no targets."""
+        for task in range(self.n_tasks):
+            with self.choosing(task):
+                if any(_product_is_not_zero(pair) for pair in self.lora_pairs()):
+                    return False
+        return True
 
     def own_peft_form(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Return settings and tensors of PEFT's own form of this kind, where as LoRA it is far larger; or None."""

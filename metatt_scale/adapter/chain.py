@@ -26,6 +26,7 @@ from metatt_scale.adapter.base import HEAD_PREFIX, Adapter, LoraPair
 from metatt_scale.adapter.folding import ROOM, Fold, Operand, Operands, factors_at, fold, folding_pays
 from metatt_scale.adapter.modes import ChainSpec, factors
 from metatt_scale.adapter.placed import Placed, place
+from metatt_scale.adapter.size import norm_in_use
 from metatt_scale.adapter.targets import TargetMap
 from metatt_scale.tensor import mode_sizes, ranks
 
@@ -119,6 +120,13 @@ class ChainAdapter(Adapter):
             lora_A = (a_IP @ c_PQ).mT.contiguous()
             pairs.append(LoraPair(target.path, lora_A, b_QO.mT.clone(memory_format=torch.contiguous_format)))
         return pairs
+
+    @torch.no_grad()
+    def is_zero(self) -> bool:
+        """Return whether no module's delta has an entry that is not zero, whatever the task."""
+        cores = [core.detach().double() for core in self.cores]
+        tasks = range(self.n_tasks) if self.spec.n_tasks else [None]
+        return all(norm_in_use(self.spec, cores, self.targets, task) == 0 for task in tasks)
 
     @torch.no_grad()
     def deltas(self) -> Iterator[Tensor]:

@@ -17,12 +17,14 @@ from metatt_scale.adapter.modes import ChainSpec, factors
 from metatt_scale.adapter.targets import Target
 
 
-def norm_in_use(spec: ChainSpec, cores: Sequence[Tensor], targets: Sequence[Target]) -> float:
+def norm_in_use(
+    spec: ChainSpec, cores: Sequence[Tensor], targets: Sequence[Target], task: int | None = None
+) -> float:
     """Return sqrt(sum over modules of |A[:d_in] C B[:, :d_out]|^2), the Frobenius norm of all deltas without alpha.
 
     With A = Q_A R_A and B^T = Q_B R_B each term is |R_A C R_B^T|: no module's delta is made.
     """
-    a_LMIP, c_LMPQ, b_LMQO = factors(spec, cores)
+    a_LMIP, c_LMPQ, b_LMQO = factors(spec, cores, task=task)
     seen: dict[tuple[int, ...], Tensor] = {}
 
     def small(side: int, table: Tensor, target: Target, width: int) -> Tensor:

@@ -148,6 +148,14 @@ class LorettaAdp(_FoldedMatrices):
         inner_NR = F.gelu(y.to(self.compute_dtype) @ a_OR + a_R)
         return y + (self.alpha * (inner_NR @ b_RO + b_O)).to(y.dtype)
 
+    @torch.no_grad()
+    def is_zero(self) -> bool:
+        """Return whether B and b are zero behind every target."""
+        return not any(
+            bool(self.leaves[f"{target.path}.b"].any()) or bool(self.matrices(index)[1].any())
+            for index, target in enumerate(self.targets)
+        )
+
     def deltas(self) -> Iterator[Tensor]:
         """Refuse: a bottleneck is no change of a weight."""
         raise ValueError(

@@ -37,6 +37,10 @@ class HeadOnly(Adapter):
         """Yield nothing: no weight but the head's has changed."""
         return iter(())
 
+    def is_zero(self) -> bool:
+        """Return False: it adds nothing to a frozen weight by its nature."""
+        return False
+
     def summary(self) -> str:
         """Return what trains."""
         return "no adapter, the head alone"
@@ -73,6 +77,10 @@ class Full(Adapter):
             "by a run of another kind, with --zero-shot"
         )
         yield
+
+    def is_zero(self) -> bool:
+        """Return False: it adds nothing to a frozen weight by its nature."""
+        return False
 
     def summary(self) -> str:
         """Return what trains."""

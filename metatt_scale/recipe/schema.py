@@ -66,7 +66,7 @@ class TrainingRecipe(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up; linear and cosine end at zero."""
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
-    """Part of all steps in which the learning rate rises from zero."""
+    """Part of all steps in which the learning rate rises, from a rate above zero."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -89,7 +89,8 @@ class TrainingRecipe(Section):
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations that were not the best so far."""
     max_nonfinite_steps: int = Field(default=5, ge=1)
-    """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
+    """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped and counted).
+    Evaluations do not count; but values whose last evaluation has no finite loss are not handed over."""
     resume: Literal["auto", "exact", "never"] = "auto"
     """`auto` goes on from the newest valid checkpoint in `output_dir`; `exact` also refuses another number of ranks
     or threads and another device than the checkpoint's (the bits would differ), and takes deterministic kernels on

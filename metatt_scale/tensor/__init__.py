@@ -3,7 +3,9 @@
 from metatt_scale.tensor.canonical import canonicalise, shift_left, shift_right, singular_values
 from metatt_scale.tensor.cores import (
     Chain,
+    NotFiniteError,
     check_chain,
+    check_finite,
     inner,
     materialise,
     mode_sizes,
@@ -26,11 +28,13 @@ __all__ = [
     "Chain",
     "Cut",
     "GaugeChange",
+    "NotFiniteError",
     "Scores",
     "Swept",
     "balance",
     "canonicalise",
     "check_chain",
+    "check_finite",
     "cut_pair",
     "enrich",
     "feasible_ranks",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metatt_scale.tensor.cores import Chain
+from metatt_scale.tensor.cores import Chain, check_finite
 
 
 def shift_right(cores: list[Tensor], k: int) -> None:
@@ -55,15 +55,29 @@ def canonicalise(cores: Chain, centre: int) -> list[Tensor]:
     return result
 
 
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of a matrix: U, s, V^T.
+
+    Raises:
+        NotFiniteError: it holds NaN or infinity, where LAPACK's routines fail or never end.
+    """
+    check_finite([matrix], "a bond of the chain")
+    return torch.linalg.svd(matrix, full_matrices=False)
+
+
 def singular_values(cores: Chain) -> list[Tensor]:
     """Return the singular values of the tensor across each inner bond, largest first.
 
     The spectrum of bond k is that of the matrix with the first k + 1 modes as rows. The largest SVD is r x r.
+
+    Raises:
+        NotFiniteError: the chain holds NaN or infinity, or products of its cores are too large.
     """
     moving = canonicalise(cores, 0)
     spectra = []
     for k in range(len(moving) - 1):
         r_KQ = torch.linalg.qr(moving[k].flatten(0, 1), mode="r").R
+        check_finite([r_KQ], "a bond of the chain")
         spectra.append(torch.linalg.svdvals(r_KQ))
         shift_right(moving, k)
     return spectra

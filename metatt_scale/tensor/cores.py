@@ -19,6 +19,20 @@ from torch import Tensor
 Chain = Sequence[Tensor]
 
 
+class NotFiniteError(ValueError):
+    """Numbers that are not finite, where a decomposition needs finite ones."""
+
+
+def check_finite(tensors: Sequence[Tensor], what: str) -> None:
+    """Refuse NaN and infinity: of a matrix that holds any there is no decomposition.
+
+    Raises:
+        NotFiniteError: names what they are of.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise NotFiniteError(f"{what} holds values that are not finite; there is no decomposition of it")
+
+
 def check_chain(cores: Chain) -> None:
     """Refuse a list of tensors that is not a chain.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metatt_scale.tensor.cores import Chain, mode_sizes, ranks
+from metatt_scale.tensor.cores import Chain, check_finite, mode_sizes, ranks
 
 _RELATIVE_CUTOFF = 1e-7
 """Singular values of a block below this part of its largest are zero: fp32 cores hold nothing finer."""
@@ -129,6 +129,7 @@ def _left_changes(old: Chain, new: Chain) -> list[Tensor]:
         carried = torch.tensordot(r_KQ, old_PNQ, 1)
         q, r_KQ = torch.linalg.qr(carried.flatten(0, 1))
         mixed_KQ = q.mT @ torch.tensordot(mixed_KQ, new_PNQ, 1).flatten(0, 1)
+        check_finite([r_KQ, mixed_KQ], "a bond of the chain")
         changes.append(torch.linalg.pinv(r_KQ, rtol=_RELATIVE_CUTOFF) @ mixed_KQ)
     changes[-1] = one
     return changes

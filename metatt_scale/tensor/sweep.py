@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metatt_scale.tensor.canonical import canonicalise
-from metatt_scale.tensor.cores import Chain, check_chain
+from metatt_scale.tensor.canonical import canonicalise, svd
+from metatt_scale.tensor.cores import Chain, check_chain, check_finite
 
 _TINY = 1e-300
 
@@ -82,12 +82,12 @@ def sweep(
             algorithm as printed.
 
     Raises:
-        ValueError: no chain, a rank below 1, a bound outside [0, 1), not finite, or `scores` without `canonical`.
+        ValueError: no chain, a rank below 1, a bound outside [0, 1), or `scores` without `canonical`; of the class
+            NotFiniteError where the chain, or a product of its cores, is not finite.
     """
     _check(cores, min_rank, max_discarded_weight)
-    caps = _caps(max_ranks, len(cores) - 1)
-    dtype = cores[0].dtype
     _check_scores(scores, canonical)
+    caps, dtype = _caps(max_ranks, len(cores) - 1), cores[0].dtype
     moving = [core.to(torch.float64) for core in cores]
     at_centre = canonicalise(moving, 0)
     if not at_centre[0].any():
@@ -122,7 +122,7 @@ def cut_pair(
 ) -> tuple[Tensor, Tensor, Cut]:
     """Split two merged cores: U is the left one, s V^T the right one. The rules are those of `sweep`."""
     p, n, m, q = theta_PNNQ.shape
-    u, s_K, vh = torch.linalg.svd(theta_PNNQ.reshape(p * n, m * q), full_matrices=False)
+    u, s_K, vh = svd(theta_PNNQ.reshape(p * n, m * q))
     kept = _choose(s_K.square(), max_rank, min_rank, max_discarded_weight)
     left, right = u[:, kept].view(p, n, -1), (s_K[kept, None] * vh[kept]).view(-1, m, q)
     return left, right, _account(s_K, kept)
@@ -138,7 +138,7 @@ def _svd_of_pair(cores: Sequence[Tensor], k: int, *, right_is_isometry: bool) ->
     pair = r_KQ
     if not right_is_isometry:
         pair = r_KQ @ torch.linalg.qr(cores[k + 1].flatten(1, 2).mT, mode="r").R.mT
-    u, s_K, _ = torch.linalg.svd(pair, full_matrices=False)
+    u, s_K, _ = svd(pair)
     return q_PNxK @ u, s_K, u.mT @ r_KQ
 
 
@@ -150,7 +150,7 @@ def _return(cores: list[Tensor]) -> None:
     for k in range(len(cores) - 1, 0, -1):
         _, n, q = cores[k].shape
         q_NQxK, r_KP = torch.linalg.qr(cores[k].flatten(1, 2).mT)
-        u, s, vh = torch.linalg.svd(r_KP.mT, full_matrices=False)
+        u, s, vh = svd(r_KP.mT)
         cores[k] = (vh @ q_NQxK.mT).reshape(-1, n, q)
         cores[k - 1] = torch.tensordot(cores[k - 1], u * s, 1)
 
@@ -183,8 +183,7 @@ def _caps(max_ranks: int | Sequence[int] | None, n_bonds: int) -> tuple[int | No
 
 def _check(cores: Chain, min_rank: int, max_discarded_weight: float | None) -> None:
     check_chain(cores)
-    if not all(bool(torch.isfinite(core).all()) for core in cores):
-        raise ValueError("the chain holds values that are not finite; a chain with NaN or infinity cannot be cut")
+    check_finite(cores, "the chain")
     if min_rank < 1:
         raise ValueError(f"min_rank is {min_rank}; a bond keeps at least 1 singular value")
     if max_discarded_weight is not None and not 0 <= max_discarded_weight < 1:

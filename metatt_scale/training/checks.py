@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import os
 from collections.abc import Iterator
@@ -78,18 +79,68 @@ def check_scores(recipe: Recipe, data: PreparedData) -> None:
             )
 
 
-def check_result(adapter: Adapter, progress: RunState) -> None:
-    """Refuse to hand over an adapter that learned nothing or is not finite."""
+def check_result(adapter: Adapter, progress: RunState, *, is_best: bool = False) -> None:
+    """Refuse to hand over an adapter that learned nothing or is not finite.
+
+    Args:
+        adapter: at the end of a run.
+        progress: of that run.
+        is_best: its values are those of the best evaluation, and not the last ones.
+
+    Raises:
+        DivergedError: values, or the last evaluation of them, are not finite.
+        ValueError: it adds nothing to the model, or has the values that it started from.
+    """
     if progress.target_tokens == 0:
         raise DivergedError(
             f"all {progress.step} steps were skipped because loss or gradient was not finite; lower "
             "training.learning_rate or adapter.alpha and use another output_dir"
         )
-    if not all(bool(torch.isfinite(value).all()) for value in adapter.trained().values()):
+    if (name := not_finite(adapter)) is not None:
         raise DivergedError(
-            "training ended with parameters that are not finite; lower training.learning_rate or "
+            f"training ended with parameters that are not finite ({name}); lower training.learning_rate or "
             "training.weight_decay and use another output_dir"
         )
+    if not (is_best or progress.last_evaluation_finite):
+        best = (
+            "" if progress.best_step is None else f" (training.keep: best would take those of {progress.best_step})"
+        )
+        raise DivergedError(
+            f"the loss of the last evaluation, after step {progress.step}, is not finite, so its values are not "
+            f"handed over{best}; lower training.learning_rate or adapter.alpha and use another output_dir"
+        )
+    if adapter.is_zero() or values_digest(adapter) == progress.start_values:
+        raise ValueError(
+            f"after {progress.step} steps the adapter "
+            f"{'adds nothing to the model' if adapter.is_zero() else 'has the values it started from'}: nothing was "
+            "learned; raise training.learning_rate, train for more steps, and use another output_dir"
+        )
+
+
+def not_finite(adapter: Adapter) -> str | None:
+    """Return the name of a trained parameter that holds NaN or infinity; None where all are finite."""
+    trained = adapter.trained().items()
+    return next((name for name, value in trained if not bool(torch.isfinite(value).all())), None)
+
+
+@torch.no_grad()
+def values_digest(adapter: Adapter) -> str:
+    """Return a hash of what the adapter trains, of its head only where it trains nothing else."""
+    digest = hashlib.sha256()
+    for name, value in (adapter.own() or adapter.trained()).items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def why_not_finite(progress: RunState, folder: Path, what: str) -> DivergedError:
+    """Return what is to be said where values of the adapter are not finite any more."""
+    found = list_checkpoints(folder / "checkpoints")
+    where = f"the last good values are in {found[-1]}" if found else "no checkpoint was written before"
+    return DivergedError(
+        f"stopped at step {progress.step}: {what}; {where}; lower training.learning_rate, training.weight_decay or "
+        "adapter.alpha, or raise training.eps"
+    )
 
 
 def why_hopeless(progress: RunState, folder: Path) -> DivergedError:

@@ -21,9 +21,11 @@ from metatt_scale.data import Batch, BatchOrder, PreparedData, TokenTable, micro
 from metatt_scale.device import to_device
 from metatt_scale.parallel import World, check_same
 from metatt_scale.recipe import Recipe
+from metatt_scale.recipe.scores import is_loss
+from metatt_scale.tensor import NotFiniteError
 from metatt_scale.training import checkpoint
 from metatt_scale.training.checkpoint import RunState
-from metatt_scale.training.checks import METRICS_FILE, why_hopeless
+from metatt_scale.training.checks import METRICS_FILE, not_finite, values_digest, why_hopeless, why_not_finite
 from metatt_scale.training.evaluations import forgetting, judge
 from metatt_scale.training.metrics import MetricsFile, ProgressBar, Trackers, left_out, peak_memory_gib, shown
 from metatt_scale.training.objective import evaluate_tasks, make_objective
@@ -112,14 +114,15 @@ class Trainer:
 
         Raises:
             TrainingStopped: SIGTERM or SIGINT arrived; state is saved.
-            ValueError: too many steps in a row were not finite; the last good cores are saved.
+            DivergedError: too many steps in a row were not finite (the last good values are saved), or values are not
+                finite any more (the last good ones are in the newest checkpoint).
         """
         first = self.world.is_first
         metrics = self._open_metrics() if first else None
         trackers = Trackers(self.recipe, self.folder, self.console) if first else None
         bar = ProgressBar(self.console, self.total_steps, self.progress.step, self.recipe.logging.every)
-        if self.recipe.adapter.start_from and not self.progress.step and self.data.validation is not None:
-            self.progress.start_scores = {k: v for k, v in self.evaluate().items() if math.isfinite(v)}
+        if not self.progress.step:
+            self._note_start()
         restore_signals = self.signals.catch()
         started, first_step = time.perf_counter(), self.progress.step
 
@@ -136,12 +139,15 @@ class Trainer:
                 while len(self._launched) > self._unread_steps():
                     step, report = self._settle()
                     if not self._launched:
+                        self._check_values()
                         self._sweep_if_due(report)
                         self._evaluate_if_due(report)
                     publish(step, report)
                 if not self._launched:
                     self._compare_replicas_if_due()
                     self._save_if_due()  # after the metrics: a run killed between the two writes its line again
+        except NotFiniteError as error:
+            raise why_not_finite(self.progress, self.folder, str(error)) from None
         finally:
             restore_signals()
             bar.close()
@@ -155,11 +161,30 @@ class Trainer:
             self.console.print(left_out(metrics), style="yellow", highlight=False, soft_wrap=True)
         return metrics
 
+    def _note_start(self) -> None:
+        """Remember what the first step begins with, by which the end of the run is judged."""
+        self.progress.start_values = values_digest(self.adapter)
+        if self.recipe.adapter.start_from and self.data.validation is not None:
+            self.progress.start_scores = {k: v for k, v in self.evaluate().items() if math.isfinite(v)}
+
     def _unread_steps(self) -> int:
         """Return how many steps may stay unread: the one in work, unless something is due that needs its numbers."""
-        training, hopeless = self.recipe.training, self._is_hopeless()
-        due = self._due(training.eval_every) or self._due(training.save_every) or self._replicas_due()
-        return 0 if not self.read_late or self.progress.finished or due or hopeless or self.stop_signal else 1
+        return 0 if not self.read_late or self._needs_values() or self._replicas_due() else 1
+
+    def _needs_values(self) -> bool:
+        """Return whether the values that a step has left are evaluated, cut or saved."""
+        training, step = self.recipe.training, self.progress.step
+        due = self._due(training.eval_every) or self._due(training.save_every) or self.sweeps.due(step)
+        return due or self.progress.finished or self._is_hopeless() or self.stop_signal is not None
+
+    def _check_values(self) -> None:
+        """Refuse to go on with values that are not finite: every further step would be skipped.
+
+        Raises:
+            NotFiniteError: names the parameter.
+        """
+        if self._needs_values() and (name := not_finite(self.adapter)) is not None:
+            raise NotFiniteError(f"{name} holds values that are not finite")
 
     def _is_logged(self, step: int, report: dict[str, Any]) -> bool:
         last = self.progress.finished and step == self.progress.step
@@ -290,6 +315,8 @@ class Trainer:
         """Evaluate where the recipe says so; the report gets the scores (None where one is not finite)."""
         if self._due(self.recipe.training.eval_every) and self.data.validation is not None:
             scores = self.evaluate()
+            losses = [score for name, score in scores.items() if is_loss(name)]
+            self.progress.last_evaluation_finite = all(map(math.isfinite, losses))
             self._judge(scores)
             report |= {} if self.adapter.settled else {"settled": False}
             report |= {name: score if math.isfinite(score) else None for name, score in scores.items()}

@@ -60,12 +60,13 @@ def install(
 def learning_rate(recipe: TrainingRecipe, step: int, total_steps: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0) of `total_steps`.
 
-    Warm-up over ceil(warmup_ratio * total) steps from 0, then constant, or linear or cosine to 0 (the schedules of
-    transformers, so that settings carry over).
+    Warm-up over W = ceil(warmup_ratio * total) steps, then constant, or linear or cosine towards 0. From step W on
+    these are the schedules of transformers, so that settings carry over. Its warm-up begins with a step of rate 0,
+    which trains nothing; here step s < W has (s + 1) / (W + 1) of the peak.
     """
     warmup = math.ceil(recipe.warmup_ratio * total_steps)
     if step < warmup:
-        return recipe.learning_rate * step / warmup
+        return recipe.learning_rate * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total_steps - warmup)
     if recipe.schedule == "linear":
         return recipe.learning_rate * max(0.0, 1.0 - done)

@@ -110,9 +110,8 @@ def train(recipe: Recipe, console: Console) -> TrainedRun:
             _resume(trainer)
             world.on_first(lambda: write_text(folder / RECIPE_FILE, RECIPE_HEAD + dump_recipe(recipe)))
             trainer.train()
-            if recipe.training.keep == "best":
-                _take_best(trainer)
-            check_result(trainer.adapter, trainer.progress)
+            is_best = recipe.training.keep == "best" and _take_best(trainer)
+            check_result(trainer.adapter, trainer.progress, is_best=is_best)
             world.on_first(lambda: _write_adapter(folder / "adapter", trainer))
     console.print(f"adapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
     return TrainedRun(
@@ -254,17 +253,18 @@ def _check_origin(trainer: Trainer, path: str, snapshot: Snapshot) -> None:
         _warn(trainer.console, message)
 
 
-def _take_best(trainer: Trainer) -> None:
-    """Give the adapter its values at the best evaluation, or say that there was none."""
+def _take_best(trainer: Trainer) -> bool:
+    """Give the adapter its values at the best evaluation and return true, or say that there was none."""
     if trainer.best:
         trainer.adapter.set_values(trainer.best)
-        return
+        return True
     chosen_by = trainer.recipe.headline if trainer.recipe.training.best_by == "metric" else "eval_loss"
     _warn(
         trainer.console,
         f"training.keep is best, but no evaluation qualified ({chosen_by} was never finite, or ranks changed after "
         "the last one); the adapter is that of the last step",
     )
+    return False
 
 
 def _warn(console: Console, message: str) -> None:

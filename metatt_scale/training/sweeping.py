@@ -25,6 +25,7 @@ from metatt_scale.tensor import (
     Scores,
     balance,
     canonicalise,
+    check_finite,
     enrich,
     gauge_change,
     norm,
@@ -87,7 +88,7 @@ def perform_sweep(
         wanted = (target,) * len(swept.cuts) if isinstance(target, int) else target or ()
         if wanted:
             new = enrich(new, wanted, torch.Generator().manual_seed(seed))
-        new32 = [core.float() for core in new]
+        new32 = _in_32_bits(new)
         named = {f"core_{k}": core for k, core in enumerate(new32)}
         if how.moments == "transport":
             named |= _transported(moments, old, [core.double() for core in new32])
@@ -104,6 +105,12 @@ def perform_sweep(
         report=report,
         stop_signal=gradients.stop_signal(),
     )
+
+
+def _in_32_bits(cores: Sequence[Tensor]) -> list[Tensor]:
+    found = [core.float() for core in cores]
+    check_finite(found, "the chain after the sweep")
+    return found
 
 
 class _Listening:

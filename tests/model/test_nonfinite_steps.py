@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from metatt_scale.ending import DivergedError
 from metatt_scale.training import checkpoint, objective, train
 from metatt_scale.training.loss import token_loss_sum
 from tests.toy import make_trainer, metrics, one_step, quiet, said, toy_recipe, write_toy
@@ -63,7 +64,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_last_good_cores(tmp_p
         train(recipe, quiet())
     assert "\n" not in str(caught.value) and "learning_rate" in str(caught.value)
     (folder,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    saved = checkpoint.load(folder, recipe, good.adapter.shapes())
+    saved = checkpoint.load(folder, recipe, checkpoint.expected(good.adapter))
     assert (folder.name, saved.progress.skipped) == ("step-000007", 3)
     assert all(torch.equal(a, b) for a, b in zip(saved.values.values(), good.adapter.cores, strict=True))
     assert not (tmp_path / "run" / "adapter").exists()
@@ -91,5 +92,6 @@ def test_cores_that_are_not_finite_are_not_handed_over(tmp_path, monkeypatch):
             self.param_groups[0]["params"][0][0, 0, 0] = math.inf
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(ValueError, match="parameters that are not finite"):
+    with pytest.raises(DivergedError, match=r"core_0 .* not finite"):
         train(recipe, quiet())
+    assert not list((tmp_path / "run").glob("checkpoints/*")) and not (tmp_path / "run" / "adapter").exists()

@@ -89,19 +89,28 @@ def test_learning_rate_is_that_of_transformers(schedule):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     steps: dict = {} if schedule == "constant" else {"num_training_steps": 100}
     theirs = transformers.get_scheduler(names.get(schedule, schedule), optimizer, num_warmup_steps=10, **steps)
-    for ours in rates(schedule):
-        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-15)
+    for step, ours in enumerate(rates(schedule)):
+        # Theirs begins with a step of rate 0.
+        wanted = 2.0 * (step + 1) / 11 if step < 10 else theirs.get_last_lr()[0]
+        assert ours == pytest.approx(wanted, rel=1e-12, abs=1e-15)
         optimizer.step()
         theirs.step()
 
 
 def test_learning_rate_endpoints():
-    assert rates("linear")[0] == 0 and rates("linear")[5] == 1.0 and rates("linear")[10] == 2.0
+    assert rates("linear")[0] == 2.0 / 11 and rates("linear")[10] == 2.0
     assert rates("linear")[55] == pytest.approx(1.0) and rates("linear")[100] == 0
     assert rates("cosine")[55] == pytest.approx(1.0) and rates("cosine")[100] == pytest.approx(0, abs=1e-15)
     assert rates("constant")[10] == rates("constant")[100] == 2.0
     assert rates("linear", warmup_ratio=0.0)[0] == 2.0
     assert rates("linear", total=7, warmup_ratio=0.1)[1] == 2.0, "ceil(0.7) = 1 step of warm-up"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 3, 17])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.06, 0.5, 0.99])
+def test_no_step_has_the_rate_0(schedule, total, warmup_ratio):
+    assert min(rates(schedule, total, warmup_ratio)[:total]) > 0
 
 
 def test_only_the_cores_train_and_their_count_is_printed(tmp_path):
