@@ -85,7 +85,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: not an adapter folder, unknown format, or damaged files.
     """
     try:
-        description = read_json(folder / CONFIG, AdapterForm, _BACKUP)
+        description = read_json(folder / CONFIG, AdapterForm, f"{_BACKUP}, or open it with the version that wrote it")
     except FileNotFoundError:
         raise ValueError(f"{folder}: not an adapter folder, it has no {CONFIG}") from None
     wanted = {WEIGHTS: description["weights_sha256"]}
