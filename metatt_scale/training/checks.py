@@ -119,8 +119,9 @@ def check_result(adapter: Adapter, progress: RunState, *, is_best: bool = False)
 
 def not_finite(adapter: Adapter) -> str | None:
     """Return the name of a trained parameter that holds NaN or infinity; None where all are finite."""
-    trained = adapter.trained().items()
-    return next((name for name, value in trained if not bool(torch.isfinite(value).all())), None)
+    trained = adapter.trained()
+    finite = torch.stack([torch.isfinite(value).all() for value in trained.values()]).tolist()  # waits only once
+    return next((name for name, is_finite in zip(trained, finite, strict=True) if not is_finite), None)
 
 
 @torch.no_grad()

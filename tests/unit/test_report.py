@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from metatt_scale.cli import main
+from metatt_scale.report import curves
 from metatt_scale.report.groups import Group, make_groups, mean_and_error, span
 from metatt_scale.report.page import _summary
 from metatt_scale.report.runs import read_runs
@@ -348,7 +349,8 @@ ODD = [
 """What lines may hold besides, and whether such a line is taken."""
 
 
-def test_odd_numbers_and_names_have_a_report(tmp_path, capsys):
+def test_odd_numbers_and_names_have_a_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(curves, "_MOST_PANELS", 6)
     first, taken = next(lines_of("fixed", 1)), 1
     run = make_run(tmp_path / "a", lines=[first])
     odd = [{**first, "step": 100 + i, "epoch": 30, **change} for i, (change, _) in enumerate(ODD)]
@@ -397,7 +399,7 @@ def test_what_cannot_be_reported_is_said_in_one_message(tmp_path, capsys, monkey
             "--label has 1 names for 2 groups of runs; give one for each of: adapter.alpha=2.0;",
         ),
         ([a, b, "--out", tmp_path], "which is no part of a report; give another folder with --out"),
-        ([a, "--out", a / "recipe.yaml"], "is not a folder of its own"),
+        ([a, "--out", a / "recipe.yaml"], "recipe.yaml is a file, where a folder is needed"),
     ):
         assert report(*arguments, *([] if "--out" in arguments else ["--out", out])) == 2
         error = capsys.readouterr().err
