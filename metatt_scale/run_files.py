@@ -12,14 +12,13 @@ Step = Annotated[int, Field(ge=0, lt=10**9)]
 """No run has more steps, and axes cannot hold many more."""
 Sizes = Annotated[list[Size], Field(min_length=1, max_length=8)]
 """One per mode or inner bond of a chain: there are at most six modes."""
-_Sha = {"pattern": r"^[0-9a-f]{64}$"}
 
 
 class MarkerForm(ClosedForm):
     """COMPLETE of a checkpoint."""
 
-    state: str = Field(alias="state.json", **_Sha)
-    tensors: str = Field(alias="state.safetensors", **_Sha)
+    state: Sha256 = Field(alias="state.json")
+    tensors: Sha256 = Field(alias="state.safetensors")
 
 
 class SweepForm(Form):
@@ -79,20 +78,25 @@ class TargetForm(ClosedForm):
     transposed: bool = False
 
 
-class DescriptionForm(Form):
-    """What a report or a study reads of metatt.json, which may be of an unfinished or edited run."""
+class ChainForm(Form):
+    """What metatt.json says of a chain, if it is of one, and of the run."""
 
     modes: list[str] | None = None
     sizes: Sizes | None = None
     ranks: Sizes | None = None
-    trainable_parameters: Count | None = None
     head_parameters: Count = 0
-    layers: list[Step | str] = Field(default=[])
-    projections: list[str] = Field(default=[])
     contents: dict[str, str] = Field(default={})
 
 
-class AdapterForm(DescriptionForm):
+class DescriptionForm(ChainForm):
+    """What a report reads of metatt.json, which may have been edited."""
+
+    trainable_parameters: Count | None = None
+    layers: list[Step | str] = Field(default=[])
+    projections: list[str] = Field(default=[])
+
+
+class AdapterForm(ChainForm):
     """metatt.json of an adapter; keys with defaults are those of chains, or not in the files of earlier versions."""
 
     format: Literal[1]

@@ -227,7 +227,8 @@ def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap]:
     Raises:
         ValueError: it is none.
     """
-    modes, sizes, ranks = (tuple(description.get(key) or ()) for key in ("modes", "sizes", "ranks"))
+    found: list[list[Any]] = [description.get(key) or [] for key in ("modes", "sizes", "ranks")]
+    modes, sizes, ranks = map(tuple, found)
     kind = next((kind for kind, known in KINDS.items() if sorted(modes) == sorted(known)), None)
     if kind is None:
         raise ValueError(f"modes {modes} are those of no chain")
@@ -241,7 +242,7 @@ def _parse(description: Mapping[str, Any]) -> tuple[ChainSpec, TargetMap]:
     if diagonal and len(set(ranks)) > 1:
         raise ValueError(f"ranks {ranks} of diagonal slices, which have one rank")
     spec = ChainSpec(modes=modes, sizes=sizes, ranks=ranks, diagonal=diagonal, projections=projections)
-    size = dict(zip(modes, sizes, strict=True))
+    size: dict[str, int] = dict(zip(modes, sizes, strict=True))
     layers = size["site"] // max(1, projections) if "site" in size else size["layer"]
     if projections != (size["site"] // max(1, layers) if "site" in size else size["projection"]):
         raise ValueError(f"{projections} projections in a chain of sizes {size}")

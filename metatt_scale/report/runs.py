@@ -98,8 +98,9 @@ def values_of(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 def number(line: Mapping[str, Any], key: str) -> float:
     """Return what a line has under a key, nan where that is no number, or too large."""
     value = line.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) <= LARGEST else math.nan
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        return math.nan
+    return float(value)
 
 
 def ranks_of(line: Mapping[str, Any]) -> list[int] | None:

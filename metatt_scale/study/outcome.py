@@ -11,7 +11,7 @@ from pydantic import Field
 from metatt_scale.json_files import Count, Form, Number, parse_object, problem_of
 from metatt_scale.recipe import validate
 from metatt_scale.report.runs import of_last_ranks, ranks_of
-from metatt_scale.run_files import DescriptionForm, ResultsForm, Sizes
+from metatt_scale.run_files import ChainForm, ResultsForm, Sizes
 from metatt_scale.study.contents import changed_files
 from metatt_scale.study.runs import OpenStudy, Run, digest_of
 from metatt_scale.study.schema import HEADLINE, Score
@@ -19,7 +19,7 @@ from metatt_scale.study.schema import HEADLINE, Score
 _ADAPTER, _METRICS, _SCORES = "adapter/metatt.json", "metrics.jsonl", "results.json"
 
 
-class _AdapterForm(DescriptionForm):
+class _AdapterForm(ChainForm):
     recipe: dict[str, Any]
     trainable_parameters: Count
 

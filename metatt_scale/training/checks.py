@@ -130,7 +130,7 @@ def values_digest(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     for name, value in (adapter.own() or adapter.trained()).items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
