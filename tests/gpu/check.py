@@ -99,6 +99,7 @@ def parts_of(device: str, tiny: bool) -> list[Part]:
         tests("waits", "a step waits for nothing", 90),
         tests("training", "runs go on to the same bits; sweeps; optimizer state on the device", 120),
         tests("quantised", "4-bit kernels against the weights they stand for", 90, "bitsandbytes"),
+        tests("memory", "a step takes what plan says", 90, "bitsandbytes"),
         tests("export", "a run reopened, in PEFT, merged", 90, "peft"),
         figures("none", "a step at 7B shapes in bf16", "peft"),
         figures("nf4", "a step at 7B shapes in NF4", "peft", "bitsandbytes"),

@@ -48,6 +48,8 @@ def folder(finished, tmp_path, monkeypatch):
 def check(code, output, says):
     """One message, and nothing of Python in it."""
     assert code == 2, f"exit code {code}: {output}"
+    lines = output.splitlines(keepends=True)
+    output = "".join(line for line in lines if not line.startswith("device: "))  # generate says it on stderr
     assert output.startswith("error: ") and output.count("error: ") == 1 and output.endswith("\n"), output
     for word in says:
         assert word in output, output

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from metatt_scale.backbone.cpu_attention import attend_each, causal_mask
+from metatt_scale.shapes import round_up
 from tests.tiny import FLOAT64
 
 
@@ -15,7 +16,7 @@ def test_each_example_gets_what_sdpa_gives(heads, key_heads, window):
     lengths, scale = (5, 1, 9, 2), 0.3
     shapes = [(heads, sum(lengths), 8), (key_heads, sum(lengths), 8), (key_heads, sum(lengths), 8)]
     inputs = [torch.randn(s, dtype=torch.float64, generator=generator, requires_grad=True) for s in shapes]
-    mask = causal_mask(max(lengths), window, torch.float64)
+    mask = causal_mask(round_up(max(lengths)), window, torch.float64)
     found = attend_each(inputs[0], inputs[1], inputs[2], lengths, mask, scale)
     parts, start = [], 0
     for length in lengths:

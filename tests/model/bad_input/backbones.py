@@ -46,7 +46,7 @@ cases(
         ("gguf missing", (backbone(lambda folder: str(folder / "m.gguf")),), "no such GGUF file"),
         ("package missing", (backbone(lambda _: "package:no_such_package"),), "is not installed", "pip install"),
         ("package without model", (backbone(lambda _: "package:json"),), "expected one .gguf file"),
-        ("package is nonsense", (backbone(lambda _: "package:a/b"),), "is not installed"),
+        ("package is nonsense", (backbone(lambda _: "package:a/b"),), "backbone.path", "package:a/b"),
         ("random unknown", (backbone(lambda _: "random:gpt5"),), "'random:gpt5'", "shipped architecture"),
         ("random empty folder", (backbone(lambda folder: f"random:{folder / 'run'}"),), "neither a config JSON"),
         ("config is broken", (config("{"),), "config.json: not a transformers config JSON"),

@@ -183,11 +183,11 @@ cases(
         ("no data of the task", ("evaluate", "RUN", "--tasks", "boolq", "--data", "RUN"), "'boolq' has no data"),
         ("empty prompt", ("generate", "RUN", "--prompt", ""), "a prompt is empty"),
         ("no new tokens", ("generate", "RUN", "--prompt", "a", "--max-new-tokens", "0"), "at least 1"),
-        ("negative heat", ("generate", "RUN", "--prompt", "a", "--temperature", "-1"), "at least 0"),
+        ("negative heat", ("generate", "RUN", "--prompt", "a", "--temperature", "-1"), "temperature", "-1"),
         ("no such backbone", ("generate", "RUN", "--prompt", "a", "--backbone", "/none/x"), "no such folder"),
         ("empty backbone", ("generate", "RUN", "--prompt", "a", "--backbone", ""), "backbone.path"),
         ("export into the run", ("export", "RUN", "--to", "lora", "--out", "RUN"), "exists already", "--replace"),
-        ("export into a file", ("export", "RUN", "--to", "lora", "--out", "RUN/recipe.yaml"), "exists already"),
+        ("export into a file", ("export", "RUN", "--to", "lora", "--out", "RUN/recipe.yaml"), "--out", "recipe.yaml"),
         ("export below a file", ("export", "RUN", "--to", "metatt", "--out", "RUN/recipe.yaml/x"), "recipe.yaml"),
     ],
 )
