@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from metatt_scale.recipe import Recipe
-from metatt_scale.training import TrainedRun, train
+from metatt_scale.training import TrainedRun, checks, train
 from metatt_scale.training.checkpoint import list_checkpoints
 from metatt_scale.training.loop import Trainer
 from tests.fake_cuda.device import CUDA, FakeCuda, Wait, fake_cuda
@@ -47,7 +47,9 @@ def run_on_gpu(recipe: Recipe) -> GpuRun:
         steps += 1
         check_placement(trainer)
 
-    with mock.patch.object(Trainer, "_launch", watched), fake_cuda() as record:
+    # Values are made up, and always the same: a run would be refused that ends with those it started from.
+    learned = mock.patch.object(checks, "values_digest", lambda _: "other values")
+    with mock.patch.object(Trainer, "_launch", watched), learned, fake_cuda() as record:
         record.queue = launch.__code__, Trainer._settle.__code__
         run = train(recipe, quiet())
     return GpuRun(run, record, steps)
